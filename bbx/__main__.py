@@ -1,0 +1,5 @@
+"""`python -m bbx`, the same as `bbx`."""
+
+from bbx.cli import main
+
+main()
