@@ -1,0 +1,317 @@
+"""A backbone: pixels in, one feature map per stage out, with no layer run past the deepest stage asked for.
+
+A provider supplies a network and, for each stage, the module whose output it is (a `Tap`); everything that all
+backbones share is here: hooks with early exit, channels-first layout, shapes and strides measured by dry forwards, and
+the check that what comes out is what was declared.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bbx.errors import ContractError, UsageError, nearest
+from bbx.spec import ModelRef, Precision, Preprocess, Stage, select_stages, storable_name
+
+Layout = Literal["nchw", "nhwc", "tokens", "as is"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """Where a stage leaves the network: the output of `module`, in `layout`, at its `calls`-th call.
+
+    `tokens` are `(b, prefix + h·w, c)`, of which the first `prefix` (class token, registers) are no part of the map.
+    A `free` tap was asked for by path, not by stage name: its layout is found by measuring, and its output is cloned,
+    since a later in-place operation may write over it.
+    """
+
+    name: str
+    module: str
+    layout: Layout = "nchw"
+    prefix: int = 0
+    calls: int = 1
+    free: bool = False
+
+
+Forward = Callable[[Tensor, Sequence[Tap]], dict[str, Tensor]]
+"""`(pixels, taps)` → each tap's raw output, in its own layout, having run nothing past the last one."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """`backbone(pixels)` maps `(b, 3, h, w)`, preprocessed, to `{stage name: (b, c, fh, fw)}`, channels first.
+
+    `taps` are all stages in network order, `wanted` the ones that a call computes (`select` changes them).
+    `weights` says where the weights come from, `weights_digest` is the SHA-256 of their values, `notes` is what a
+    user should know about both. In evaluation mode; gradients flow unless the caller forbids them.
+    """
+
+    ref: ModelRef
+    network: nn.Module
+    taps: tuple[Tap, ...]
+    preprocess: Preprocess
+    weights: str
+    weights_digest: str
+    notes: tuple[str, ...] = ()
+    wanted: tuple[Tap, ...] = ()
+    forward: Forward | None = None
+    precision: Precision = "float32"
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Every stage there is, in network order."""
+        return tuple(tap.name for tap in self.taps)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that a call computes, in network order, as measured at the preprocessing's size."""
+        return self._measured[1]
+
+    def select(self, stages: str | Iterable[str | int] | None = None, *, layers: str | Iterable[str] = ()) -> Backbone:
+        """The same network computing other stages: by `select_stages`' rules, plus `layers`, any module paths or globs.
+
+        With neither, the last stage; with layers alone, only those. Raises `UsageError` naming what would be valid.
+        """
+        paths = [path.strip() for path in layers.split(",")] if isinstance(layers, str) else list(layers)
+        free, notes = _free_taps(self.network, [path for path in paths if path], self._pixels(self.preprocess.size))
+        names = select_stages(self.stage_names, stages) if stages is not None or not free else ()
+        wanted = [tap for tap in self.taps if tap.name in names]
+        taken = set(names)
+        wanted += [tap for tap in free if tap.name not in taken]
+        return replace(self, wanted=tuple(wanted), notes=(*self.notes, *notes))
+
+    def to(self, device: str | torch.device, *, precision: Precision = "float32") -> Backbone:
+        """The backbone on `device`, computing in `precision`; outputs keep the precision they were computed in.
+
+        float32 means float32: on CUDA, TF32 is switched on only when asked for (torch allows it in convolutions).
+        """
+        kind = torch.device(device).type
+        if precision == "tf32" and kind != "cuda":
+            raise UsageError(f"precision tf32 exists on CUDA devices only, not on {kind}", "try --precision bf16")
+        if kind == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        self.network.to(device)
+        return replace(self, precision=precision)
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        """`(b, 3, h, w)` → `{name: (b, c, fh, fw)}` in stage order; raises `ContractError` on any other output."""
+        taps, stages = self._measured
+        raw = self._run(pixels, taps)
+        measured_size = tuple(pixels.shape[-2:]) == self.preprocess.size
+        maps = {}
+        for tap, stage in zip(taps, stages, strict=True):
+            if tap.name not in raw:
+                raise ContractError(f"stage {tap.name} of {self.ref}: module {tap.module} gave nothing")
+            maps[tap.name] = channels_first(raw[tap.name], tap, pixels)
+            self._check(maps[tap.name], stage, len(pixels), whole=measured_size)
+        return maps
+
+    def _run(self, pixels: Tensor, taps: Sequence[Tap]) -> dict[str, Tensor]:
+        lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        casting = torch.autocast(pixels.device.type, dtype=lower) if lower else nullcontext()
+        with casting:
+            return self.forward(pixels, taps) if self.forward else capture(self.network, taps, pixels)
+
+    def _check(self, got: Tensor, stage: Stage, batch: int, *, whole: bool) -> None:
+        declared = (batch, *stage.shape)
+        fits = tuple(got.shape) == declared if whole else tuple(got.shape[:2]) == declared[:2]
+        if not fits or got.ndim != len(declared):
+            raise ContractError(f"stage {stage.name} of {self.ref} gave {tuple(got.shape)}, declared {declared}")
+
+    def _pixels(self, size: tuple[int, int]) -> Tensor:
+        like = next(self.network.parameters(), torch.empty(0))
+        return torch.zeros((1, 3, *size), device=like.device, dtype=like.dtype)
+
+    @cached_property
+    def _measured(self) -> tuple[tuple[Tap, ...], tuple[Stage, ...]]:
+        """The wanted taps in the order they fire, layouts settled, and the stages that they give."""
+        wanted = self.wanted or self.taps[-1:]
+        size = self.preprocess.size
+        with torch.inference_mode():
+            first = self._run(self._pixels(size), wanted)
+            other = _other_size(*size)
+            try:
+                second = self._run(self._pixels(other), wanted)
+            except (AssertionError, RuntimeError, ValueError):
+                second, other = first, size  # a network of one fixed size, such as a ViT
+        index = {tap.name: place for place, tap in enumerate(self.taps)}
+        taps, stages = [], []
+        for name, output in first.items():  # a dict in firing order
+            tap = _settled(next(tap for tap in wanted if tap.name == name), output, second[name])
+            pairs = ((output, size), (second[name], other))
+            shapes = [tuple(channels_first(raw, tap, self._pixels(at)).shape[1:]) for raw, at in pairs]
+            stride = _stride(shapes, size[0], other[0])
+            taps.append(tap)
+            stages.append(Stage(name, shapes[0], stride, tap.module, None if tap.free else index[name]))
+        if missing := [tap for tap in wanted if tap.name not in first]:
+            raise ContractError(f"stage {missing[0].name} of {self.ref}: module {missing[0].module} never ran")
+        return tuple(taps), tuple(stages)
+
+
+class _Stop(Exception):
+    """Raised by the last hook, so that nothing after it runs; never leaves `capture`."""
+
+
+def capture(network: nn.Module, taps: Sequence[Tap], pixels: Tensor) -> dict[str, Tensor]:
+    """Each tap's raw output for `pixels` `(b, 3, h, w)`, in firing order; nothing past the last of them runs."""
+    caught: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
+
+    def hook(tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            calls[tap.name] += 1
+            if calls[tap.name] == tap.calls:
+                tensor = output if isinstance(output, Tensor) else output[0]
+                caught[tap.name] = tensor.clone() if tap.free else tensor
+                if len(caught) == len(taps):
+                    raise _Stop
+
+        return keep
+
+    with ExitStack() as hooks:
+        for tap in taps:
+            hooks.callback(network.get_submodule(tap.module).register_forward_hook(hook(tap)).remove)
+        try:
+            network(pixels)
+        except _Stop:
+            return caught
+    return caught
+
+
+def channels_first(output: Tensor, tap: Tap, pixels: Tensor) -> Tensor:
+    """A raw output as `(b, c, fh, fw)`; what forms no grid stays `(b, t, d)` or `(b, c)`. A view, not a copy."""
+    if tap.layout == "nhwc":
+        return output.permute(0, 3, 1, 2)
+    if tap.layout == "tokens":
+        patches = output[:, tap.prefix :]
+        height, width = pixels.shape[-2:]
+        rows = round((patches.shape[1] * height / width) ** 0.5)
+        return patches.transpose(1, 2).reshape(len(patches), patches.shape[2], rows, -1)
+    return output
+
+
+def normalise(batch: Tensor, preprocess: Preprocess) -> Tensor:
+    """`(b, h, w, 3)` uint8 RGB → `(b, 3, h, w)` float32 network input, on the batch's device.
+
+    The same operations in the same order as torchvision's `convert_image_dtype` and `normalize`, hence the same bits.
+    """
+    pixels = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    mean = pixels.new_tensor(preprocess.mean).view(3, 1, 1)
+    std = pixels.new_tensor(preprocess.std).view(3, 1, 1)
+    return pixels.sub_(mean).div_(std)
+
+
+def parameters_until(backbone: Backbone) -> dict[str, int]:
+    """Parameters used up to and including each stage: those of every module that had run when its map came out."""
+    every = backbone.select("all")
+    taps, _ = every._measured  # before the hooks below: measuring runs the network too
+    counts: dict[str, int] = {}
+    used: set[int] = set()
+    size_of = {id(parameter): parameter.numel() for parameter in backbone.network.parameters()}
+
+    def entered(module: nn.Module, _inputs: Any) -> None:
+        used.update(id(parameter) for parameter in module.parameters(recurse=False))
+
+    def left(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        # Some parents use a child's weights without calling it (attention), so a finished module counts whole.
+        used.update(id(parameter) for parameter in module.parameters())
+        for tap in by_module.get(id(module), ()):
+            counts[tap.name] = sum(size_of[key] for key in used)
+
+    by_module: dict[int, list[Tap]] = {}
+    for tap in taps:
+        by_module.setdefault(id(backbone.network.get_submodule(tap.module)), []).append(tap)
+    with ExitStack() as hooks, torch.inference_mode():
+        for module in backbone.network.modules():
+            hooks.callback(module.register_forward_pre_hook(entered).remove)
+            hooks.callback(module.register_forward_hook(left).remove)
+        every(every._pixels(every.preprocess.size))
+    return counts
+
+
+def _free_taps(network: nn.Module, paths: Sequence[str], pixels: Tensor) -> tuple[list[Tap], list[str]]:
+    """Taps for module paths and globs, with how often each is called, from one whole forward; and notes."""
+    if not paths:
+        return [], []
+    modules = dict(network.named_modules())
+    found = {path: _matching(modules, path) for path in paths}
+    outputs = _call_counts(network, [name for names in found.values() for name in names], pixels)
+    taps: dict[str, Tap] = {}
+    notes = []
+    for path, names in found.items():
+        unfit = {name: outputs[name] for name in names if isinstance(outputs[name], str)}
+        if len(unfit) == len(names):
+            name, reason = next(iter(unfit.items()))
+            raise UsageError(f"module {name!r} cannot be extracted: {reason}", "ask for the module that contains it")
+        if unfit:
+            name, reason = next(iter(unfit.items()))
+            notes.append(f"--layers {path}: {len(unfit)} modules left out, such as {name} ({reason})")
+        for name in names:
+            calls = outputs[name]
+            if isinstance(calls, int):
+                taps[name] = Tap(storable_name(name), name, "as is", calls=calls, free=True)
+    return list(taps.values()), notes
+
+
+def _matching(modules: dict[str, nn.Module], path: str) -> list[str]:
+    if path in modules and path:
+        return [path]
+    names = [name for name in modules if name and fnmatch.fnmatchcase(name, path)]
+    if not names:
+        close = ", ".join(nearest(path, modules)) or ", ".join(list(modules)[1:6])
+        raise UsageError(f"no module {path!r} in the network", f"nearest: {close}")
+    return names
+
+
+def _call_counts(network: nn.Module, names: Sequence[str], pixels: Tensor) -> dict[str, int | str]:
+    """How often each module runs in one whole forward, or why its output cannot be a stage."""
+    counts: dict[str, int | str] = dict.fromkeys(names, "it never runs in a forward")
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, (tuple, list)) and output else output
+            before = counts[name]
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                counts[name] = f"it gives a {type(tensor).__name__}, not a tensor of numbers"
+            elif tensor.shape[0] != len(pixels) or not 2 <= tensor.ndim <= 4:
+                counts[name] = f"it gives {tuple(tensor.shape)} for one image, not (1, c, h, w), (1, t, d) or (1, c)"
+            else:
+                counts[name] = before + 1 if isinstance(before, int) else 1
+
+        return count
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for name in counts:
+            hooks.callback(network.get_submodule(name).register_forward_hook(hook(name)).remove)
+        network(pixels)
+    return counts
+
+
+def _other_size(height: int, width: int) -> tuple[int, int]:
+    """A second size to measure at: both sides differ by a multiple of 64, hence of every usual stride."""
+    return (height - 64 if height >= 192 else height + 64), (width - 128 if width >= 256 else width + 128)
+
+
+def _settled(tap: Tap, output: Tensor, other: Tensor) -> Tap:
+    """A free tap with its layout: where height and width are is seen by which axes follow the input's size."""
+    if not tap.free or output.ndim != 4:
+        return tap
+    moving = tuple(axis for axis in (1, 2, 3) if output.shape[axis] != other.shape[axis])
+    return replace(tap, layout="nhwc" if moving == (1, 2) else "nchw")
+
+
+def _stride(shapes: Sequence[tuple[int, ...]], height: int, other: int) -> float:
+    """Input pixels per cell, from how many rows are gained as the input grows: rounding at the border cancels out."""
+    if len(shapes[0]) != 3:
+        return 0.0
+    rows, other_rows = shapes[0][1], shapes[1][1]
+    return abs(height - other) / abs(rows - other_rows) if rows != other_rows else height / rows

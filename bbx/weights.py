@@ -1,0 +1,131 @@
+"""State dicts: read from files that nobody vouches for, checked against a network, digested.
+
+Never through pickle: `.safetensors`, or torch's `weights_only=True` for `.pth`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import socket
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bbx.errors import WeightsError
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "module")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+
+
+def fetch(url: str, *, name: str, hint: str) -> Path:
+    """The file at `url` in torch's cache (`$TORCH_HOME/hub/checkpoints`), downloaded once, its hash checked.
+
+    Raises `WeightsError` with the reason and `hint` (what works without a network) when it cannot be had. The
+    environment's `HF_HUB_OFFLINE=1`, which clusters set, forbids downloads here too.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if cached.is_file():
+        return cached
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise WeightsError(f"{name} is not on this machine, and HF_HUB_OFFLINE forbids fetching it", hint)
+    hashed = re.search(r"-([0-9a-f]{8,})\.", cached.name)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # a cluster's firewall drops packets: without this a download hangs for ever
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(cached), hashed and hashed[1], progress=sys.stderr.isatty())
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+        reason = error if hasattr(error, "code") else getattr(error, "reason", error)
+        raise WeightsError(f"cannot fetch {name} from {url}: {reason}", hint) from None
+    finally:
+        socket.setdefaulttimeout(before)
+    return cached
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` or torch file, out of a training checkpoint's usual wrapping.
+
+    Raises `WeightsError` when the file is missing, damaged, or holds anything but tensors and plain containers.
+    """
+    if not path.is_file():
+        raise WeightsError(f"no weights file {path}", "give a .safetensors or .pth file, or --weights random")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise WeightsError(
+            f"{path} holds Python objects besides tensors, or is damaged; bbx does not run code from weights files",
+            "save only the state dict: torch.save(model.state_dict(), 'weights.pth')",
+        ) from None
+    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"cannot read the weights in {path}: {reason}", "is the file whole? fetch it again"
+        ) from None
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    state = {str(name): value for name, value in content.items()} if isinstance(content, Mapping) else {}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensors by name", "save with torch.save(model.state_dict(), path)")
+    return tensors
+
+
+def load_into(network: nn.Module, state: Mapping[str, Tensor], *, head: Iterable[str], source: str) -> tuple[str, ...]:
+    """Loads `state` into `network`; only keys of the classifier `head` (name prefixes) may miss or differ in shape.
+
+    Returns notes on what was left out. Raises `WeightsError` listing missing, unexpected and misshapen keys.
+    """
+    own = network.state_dict()
+    state = _unprefixed(state, own)
+    heads = tuple(head)
+    misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    faults = {
+        label: [name for name in names if not name.startswith(heads)]
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    }
+    if any(faults.values()):
+        text = "; ".join(f"{len(names)} {label} ({_some(names)})" for label, names in faults.items() if names)
+        raise WeightsError(f"{source} does not fit the model: {text}", "is it a checkpoint of this very model?")
+    fitting = {name: value for name, value in state.items() if name in own and name not in misshapen}
+    network.load_state_dict(fitting, strict=False)
+    left = sorted({name for name in [*missing, *misshapen] if name.startswith(heads)})
+    return (f"{source} has no matching classifier ({_some(left)}); stages do not use it",) if left else ()
+
+
+def digest(network: nn.Module, *, head: Iterable[str]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and values of the state dict, the classifier `head` aside."""
+    total = hashlib.sha256()
+    heads = tuple(head)
+    for name, value in sorted(network.state_dict().items()):
+        if name.startswith(heads) or name.endswith("num_batches_tracked"):
+            continue
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _unprefixed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix that DataParallel, torch.compile or a Lightning module put before every name."""
+    named = dict(state)
+    for prefix in _PREFIXES:
+        if not any(name in own for name in named) and all(name.startswith(prefix) for name in named):
+            named = {name.removeprefix(prefix): value for name, value in named.items()}
+    return named
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f", … {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,71 @@
+"""Fixtures of every test: the toy provider, pictures made on the spot, and no network."""
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import bbx.providers
+
+SAMPLES = Path(__file__).parent.parent / "sample_images"
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model `toy`."""
+    monkeypatch.setitem(bbx.providers.PROVIDERS, "toy", "tests.toy")
+
+
+@pytest.fixture
+def picture():
+    """`picture(path, seed)`: a small photograph-like PNG or JPEG, another for each seed."""
+
+    def make(path: Path, seed: int = 0, size: tuple[int, int] = (48, 40)) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+        Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).save(path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, picture) -> Path:
+    """A folder of seven pictures."""
+    for number in range(7):
+        picture(tmp_path / "pictures" / f"{number:03}.png", number)
+    return tmp_path / "pictures"
+
+
+@dataclass
+class Ran:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def bbx_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """`bbx_cli("info", "x.h5")` runs the command in `tmp_path`, in this process, as `bbx info x.h5` would."""
+    from bbx import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object, stdin: bytes = b"") -> Ran:
+        monkeypatch.setattr("sys.argv", ["bbx", *map(str, words)])
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Ran(int(ended.value.code or 0), out, err)
+
+    return run

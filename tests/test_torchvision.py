@@ -1,0 +1,192 @@
+"""torchvision: every model's stages as measured for the reference, values as in its own full forward."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from bbx.errors import UsageError, WeightsError
+from bbx.providers import list_models, load_backbone, load_structure, resolve
+from bbx.providers.torchvision import FAMILIES, names
+
+REFERENCE = json.loads((Path(__file__).parent / "goldens" / "torchvision_stages.json").read_text())
+# One model of each row of the table; the smallest that its family has.
+FAMILY_MODELS = (
+    "alexnet", "vgg11_bn", "squeezenet1_0", "squeezenet1_1", "densenet121", "resnet18", "googlenet", "inception_v3",
+    "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x0_5", "regnet_y_400mf",
+    "efficientnet_b0", "efficientnet_v2_s", "efficientnet_v2_m", "convnext_tiny", "swin_t", "maxvit_t", "vit_b_32",
+)  # fmt: skip
+
+
+def test_the_reference_holds_every_classification_model():
+    assert sorted(REFERENCE) == sorted(names())
+    assert len(REFERENCE) == 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(REFERENCE))
+def test_stages_and_preprocessing_are_those_of_the_reference(name):
+    expected = REFERENCE[name]
+    backbone = load_structure(name, size=(expected["input"], expected["input"]))
+    assert [(stage.name, stage.module, stage.shape) for stage in backbone.stages] == [
+        (stage["name"], stage["module"], (stage["channels"], *stage["hw"])) for stage in expected["stages"]
+    ]
+    expected, preprocess = expected["preprocess"], load_structure(name).preprocess
+    assert (list(preprocess.size[:1]), [preprocess.resize]) == (expected["crop"], expected["resize"])
+    assert (list(preprocess.mean), list(preprocess.std)) == (expected["mean"], expected["std"])
+    assert preprocess.interpolation == expected["interpolation"]
+
+
+def test_every_row_of_the_table_is_tried_below():
+    import re
+
+    rows = [family.pattern for family in FAMILIES]
+    tried = {next(row for row in rows if re.fullmatch(row, name)) for name in FAMILY_MODELS}
+    assert sorted(tried) == sorted(rows)
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_values_are_the_modules_own_in_a_full_forward(name):
+    size = REFERENCE[name]["input"]
+    backbone = load_backbone(name, weights="random", stages="all", size=size)
+    assert [stage.shape for stage in backbone.stages] == [
+        (stage["channels"], *stage["hw"]) for stage in REFERENCE[name]["stages"]
+    ]
+    torch.manual_seed(1)
+    pixels = torch.randn(2, 3, size, size)
+    truth: dict[str, torch.Tensor] = {}
+    handles = [
+        backbone.network.get_submodule(stage.module).register_forward_hook(
+            lambda _m, _i, output, name=stage.name: truth.__setitem__(name, output.clone())
+        )
+        for stage in backbone.stages
+    ]
+    with torch.inference_mode():
+        backbone.network(pixels)
+        for handle in handles:
+            handle.remove()
+        got, alone = backbone(pixels), backbone(pixels[:1])
+    for name, value in truth.items():
+        if got[name].shape != value.shape:  # undo the layout: NHWC, or tokens behind a class token
+            value = value.permute(0, 3, 1, 2) if value.ndim == 4 else value[:, 1:].transpose(1, 2).view_as(got[name])
+        assert torch.equal(got[name], value)
+        assert (alone[name] - got[name][:1]).abs().max() <= 1e-5 * got[name].abs().max()
+
+
+def test_swin_tiny_at_224_is_what_the_readme_says():
+    stages = load_backbone("swin-tiny", weights="random", stages=[0, 1, 2]).stages
+    assert [stage.shape for stage in stages] == [(96, 56, 56), (96, 56, 56), (192, 28, 28)]
+    assert [stage.stride for stage in stages] == [4, 4, 8]
+
+
+def test_strides_are_exact_where_border_rounding_blurs_the_ratio():
+    strides = {name: [stage.stride for stage in load_structure(name).stages] for name in ("alexnet", "inception_v3")}
+    assert strides == {"alexnet": [4, 8, 16], "inception_v3": [2, 4, 8, 16, 32]}
+
+
+@pytest.mark.parametrize(
+    ("text", "provider", "name"),
+    [
+        ("swin-tiny", "torchvision", "swin_t"),
+        ("Swin_T", "torchvision", "swin_t"),
+        ("ResNet-50", "torchvision", "resnet50"),
+        ("torchvision:vit-base-16", "torchvision", "vit_b_16"),
+        ("regnet-x-1-6gf", "torchvision", "regnet_x_1_6gf"),
+        ("regnet_x_16gf", "torchvision", "regnet_x_16gf"),
+        ("EFFICIENTNET-LITE0", "packaged", "efficientnet-lite0"),
+    ],
+)
+def test_names_forgive_case_and_separators(text, provider, name):
+    assert (resolve(text).provider, resolve(text).name) == (provider, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [("swin-tinny", "swin-tiny"), ("resnet-5o", "resnet50"), ("torchvison:swin_t", "torchvision:swin_t"),
+     ("regnetx16gf", "regnet_x_1_6gf")],
+)  # fmt: skip
+def test_an_unknown_model_is_named_with_the_nearest(text, near):
+    with pytest.raises(UsageError) as caught:
+        resolve(text)
+    assert near in caught.value.hint
+
+
+def test_the_same_seed_gives_the_same_weights_and_the_callers_generator_is_left_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    digests = [load_backbone("resnet18", weights="random", seed=seed).weights_digest for seed in (0, 0, 1)]
+    assert digests[0] == digests[1] != digests[2]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_weights_that_cannot_be_had_say_what_works_offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(WeightsError) as caught:
+        load_backbone("swin-tiny")
+    assert "Swin_T_Weights.IMAGENET1K_V1" in caught.value.message
+    for words in ("curl -LO https://", "--weights swin_t-704ceda3.pth", "--weights random", "efficientnet-lite0"):
+        assert words in caught.value.hint
+
+
+def test_an_unknown_enum_member_is_named_with_the_valid_ones():
+    with pytest.raises(UsageError) as caught:
+        load_backbone("resnet50", weights="IMAGENET1K_V3")
+    assert "IMAGENET1K_V2" in caught.value.hint
+
+
+def test_cached_weights_are_used_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    member = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    cached = tmp_path / "hub" / "checkpoints" / Path(member.url).name
+    cached.parent.mkdir(parents=True)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), cached)
+    for wish in ("auto", "IMAGENET1K_V1", "resnet18_weights.imagenet1k_v1"):
+        assert load_backbone("resnet18", weights=wish).weights == "IMAGENET1K_V1"
+
+
+def test_the_old_names_in_published_densenet_files_are_understood(tmp_path):
+    import re
+
+    network = torchvision.models.densenet121(weights=None)
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", k): v for k, v in network.state_dict().items()}
+    assert any(".norm.1." in name for name in old)
+    torch.save(old, tmp_path / "densenet.pth")
+    loaded = load_backbone("densenet121", weights=str(tmp_path / "densenet.pth")).network
+    assert torch.equal(loaded.features.denseblock1.denselayer1.conv1.weight,
+                       network.features.denseblock1.denselayer1.conv1.weight)  # fmt: skip
+
+
+def test_an_official_file_by_its_name_is_that_enums(tmp_path):
+    # The published GoogLeNet weights want the input normalised once more, inside the model.
+    name = Path(torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1.url).name
+    network = torchvision.models.googlenet(weights=None, init_weights=False)
+    for path in (tmp_path / name, tmp_path / "mine.pth"):
+        torch.save(network.state_dict(), path)
+    assert load_backbone("googlenet", weights=str(tmp_path / name)).network.transform_input is True
+    assert load_backbone("googlenet", weights=str(tmp_path / "mine.pth")).network.transform_input is False
+
+
+def test_a_vit_takes_another_size_by_interpolating_its_position_embedding(tmp_path):
+    torch.save(torchvision.models.vit_b_32(weights=None).state_dict(), tmp_path / "vit.pth")
+    backbone = load_backbone("vit_b_32", weights=str(tmp_path / "vit.pth"), stages="stage1", size=320)
+    assert backbone.stages[0].shape == (768, 10, 10)
+    assert backbone.stages[0].stride == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"), [("vit_b_32", 250, "--size 224"), ("vit_b_32", (224, 320), "one number")]
+)
+def test_a_size_that_a_model_cannot_take_is_a_usage_error(name, size, words):
+    with pytest.raises(UsageError) as caught:
+        load_backbone(name, weights="random", size=size)
+    assert words in caught.value.hint
+
+
+def test_models_are_listed_with_aliases_weights_and_parameters():
+    swin = next(model for model in list_models("swin-tiny"))
+    assert swin == {"name": "swin_t", "alias": "swin-tiny", "provider": "torchvision", "weights": ["IMAGENET1K_V1"],
+                    "parameters": 28288354}  # fmt: skip
+    assert len(list_models("torchvision:*")) == 80
+    assert {model["name"] for model in list_models("regnet_x_1_6gf")} == {"regnet_x_1_6gf"}
