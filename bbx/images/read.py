@@ -1,0 +1,258 @@
+"""One image file → the uint8 pixels the network sees, or an `ImageError` whose message is the row's reason.
+
+Bit-equal to the library's own transform of the same upright picture: `torchvision.transforms._presets` and
+`torchvision/transforms/functional.py` (`resize`, `center_crop`) on the PIL path. Pillow's shortcuts (`draft`,
+`reducing_gap`, `box`) change pixels and are therefore not taken. TIFF's orientation is applied by Pillow while
+decoding, so that `exif="ignore"` cannot undo it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from bbx.errors import ImageError, UsageError
+from bbx.images.formats import claimed_format, readable_formats, silence_pillow
+from bbx.spec import Preprocess
+
+# A 1 x 10000 picture scaled to a short side of 256 would be 655 million pixels; 2**26 of them are 256 MiB in Pillow.
+_MAX_SCALED_PIXELS = 1 << 26
+_REASON_LENGTH = 200
+# Pillow's plugins say it in as many ways.
+_ENDS_EARLY = re.compile(r"truncated|not enough|EOF|but only got|incomplete|no more images", re.IGNORECASE)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SPECIAL_FILES = (
+    (stat.S_ISFIFO, "FIFO"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+)
+_OPEN_REASONS = {
+    errno.ENOENT: "no such file",
+    errno.ENOTDIR: "no such file",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ELOOP: "a symbolic link that leads to itself",
+    errno.ENAMETOOLONG: "the file name is too long",
+}
+
+
+def read_image(
+    path: str | os.PathLike[str], preprocess: Preprocess, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """The first frame of `path` as `(h, w, 3)` RGB uint8, `(h, w)` being `preprocess.size`, in `out` if given.
+
+    Thread-safe, and it never waits: only regular files are opened. Raises `ImageError` with a reason of one line for
+    whatever is wrong with the file, `UsageError` for a preprocessing that Pillow does not know.
+    """
+    _filter(preprocess)
+    silence_pillow()
+    text = os.fspath(path)
+    try:
+        with _open_regular(text) as file:
+            pixels = prepare(_identify(file), preprocess)
+    except Exception as error:  # Pillow's plugins raise anything at all on bad data.
+        reason = _reason(error)
+    else:
+        if out is None:
+            return pixels
+        out[...] = pixels
+        return out
+    # Raised out here so that the error does not keep the half-decoded image alive through its context.
+    raise ImageError(reason)
+
+
+def prepare(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """`image` upright, as RGB, scaled and cut by `preprocess`: `(h, w, 3)` uint8.
+
+    Raises `ImageError` where the picture has no mapping to 8 bits or would be scaled beyond 2**26 pixels, and
+    whatever Pillow raises where `image` is not loaded yet and fails to.
+    """
+    image.load()
+    turn = _turn(image) if preprocess.exif == "apply" else None
+    rgb = _to_rgb(image)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    height, width = preprocess.size
+    if preprocess.mode == "squash":
+        scaled, fill = (height, width), (0, 0, 0)
+    elif preprocess.mode == "pad":
+        red, green, blue = (round(value * 255) for value in preprocess.mean)
+        scaled, fill = _inside(rgb, preprocess.size), (red, green, blue)
+    else:
+        # The box that is covered is the crop's, enlarged until its short side is `resize`: for a square crop,
+        # torchvision's rule. The product comes first so that the short side is exact.
+        box = (
+            round(height * preprocess.resize / min(height, width)),
+            round(width * preprocess.resize / min(height, width)),
+        )
+        scaled, fill = _covering(rgb, box), (0, 0, 0)
+    return _centred(_resize(rgb, scaled, _filter(preprocess)), preprocess.size, fill)
+
+
+def _filter(preprocess: Preprocess) -> Image.Resampling:
+    try:
+        return Image.Resampling[preprocess.interpolation.upper()]
+    except KeyError:
+        known = ", ".join(name.lower() for name in Image.Resampling.__members__)
+        raise UsageError(f"no interpolation {preprocess.interpolation!r}", f"Pillow has {known}") from None
+
+
+def _open_regular(path: str) -> BinaryIO:
+    """`path` opened for reading; a FIFO, which would wait for its writer, or a device is never opened."""
+    _check_regular(Path(path).stat())
+    # Should the file be exchanged for a FIFO right here, O_NONBLOCK keeps the open from waiting.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check_regular(os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_regular(facts: os.stat_result) -> None:
+    if stat.S_ISDIR(facts.st_mode):
+        raise ImageError("a folder, not a file")
+    if not stat.S_ISREG(facts.st_mode):
+        kind = next((word for test, word in _SPECIAL_FILES if test(facts.st_mode)), "special file")
+        raise ImageError(f"a {kind}, not a regular file")
+    if facts.st_size == 0:
+        raise ImageError("zero bytes")
+
+
+def _identify(file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file, formats=readable_formats())
+    except UnidentifiedImageError:
+        file.seek(0)
+        header = file.read(64)
+    if claimed := claimed_format(header):
+        raise ImageError(f"damaged or truncated {claimed} (its header cannot be read)")
+    raise ImageError(f"not an image (starts with {_shown_start(header)})")
+
+
+def _shown_start(header: bytes) -> str:
+    text = header.removeprefix(b"\xef\xbb\xbf").lstrip()[:24].split(b"\n")[0].rstrip()
+    if text and all(32 <= byte < 127 for byte in text):
+        return repr(text.decode("ascii"))
+    return "bytes " + header[:8].hex(" ")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes `image` upright by the rules of `ImageOps.exif_transpose`; broken EXIF counts as none."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # The parsers of EXIF and XMP raise anything at all on bad data.
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """`image.convert("RGB")`, save that 16-bit grey gives its high byte, as Pillow gives for 16-bit colour.
+
+    Pillow alone would saturate it to white. Other integers and floats have no agreed range: only 0..255 passes.
+    """
+    if image.mode == "RGB":
+        return image
+    # Pillow before 11 reads 16-bit PNG as "I", and every Pillow reads 16-bit PGM so, scaled to 0..65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= 255):
+            raise ImageError(f"values from {low:g} to {high:g} have no defined mapping to 8 bits")
+    if "transparency" in image.info:
+        # Opaque RGB is wanted; with the entry, Pillow warns, or fails where it is malformed.
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
+
+
+def _covering(image: Image.Image, box: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of `image` scaled to cover `box`; truncates the longer side as torchvision does."""
+    height, width = box
+    if image.width * height <= image.height * width:
+        return int(width * image.height / image.width), width
+    return height, int(height * image.width / image.height)
+
+
+def _inside(image: Image.Image, box: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of `image` scaled to touch `box` from inside, at least one pixel each way."""
+    height, width = box
+    if image.width * height <= image.height * width:
+        return height, max(1, round(height * image.width / image.height))
+    return max(1, round(width * image.height / image.width)), width
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    height, width = size
+    if (height, width) == (image.height, image.width):
+        return image
+    # Pillow scales the width first, so that the picture in between has the source's height.
+    if width * max(height, image.height) > _MAX_SCALED_PIXELS:
+        source = f"{image.width} x {image.height}"
+        raise ImageError(f"too long and narrow ({source} pixels would be scaled to {width} x {height})")
+    return image.resize((width, height), resample)
+
+
+def _centred(image: Image.Image, size: tuple[int, int], fill: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The centre of `image`, `size` (height, width); where `image` is smaller, `fill` surrounds it."""
+    height, width = size
+    # Python's round, to even, and floor when padding: torchvision's center_crop, to the pixel.
+    left, top = (round(max(0, have - want) / 2) for have, want in ((image.width, width), (image.height, height)))
+    if image.width > width or image.height > height:
+        image = image.crop((left, top, left + min(width, image.width), top + min(height, image.height)))
+    if image.size == (width, height):
+        return np.array(image)
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[...] = fill
+    left, top = (width - image.width) // 2, (height - image.height) // 2
+    canvas[top : top + image.height, left : left + image.width] = np.asarray(image)
+    return canvas
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong in plain words: one line of ASCII, the same on every run. Pillow is never told the path."""
+    if isinstance(error, ImageError):
+        return _one_line(error.message)
+    if isinstance(error, OSError) and error.errno is not None:
+        text = _OPEN_REASONS.get(error.errno) or f"cannot be read ({os.strerror(error.errno)})"
+        return _one_line(text)
+    if isinstance(error, MemoryError):
+        return "out of memory while decoding"
+    text = str(error) or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError):
+        pixels, limit = [*re.findall(r"\d+", text), "?", "?"][:2]
+        return f"too large ({pixels} pixels, limit {limit})"
+    if _ENDS_EARLY.search(text):
+        detail = re.sub(r"^image file is truncated(?: \((.*)\))?$|^Truncated File Read$", r"\1", text)
+        return _one_line(f"truncated ({detail or 'the file ends too early'})")
+    if "Ghostscript" in text:
+        return _one_line(f"cannot be decoded ({text})")
+    named = text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
+    return _one_line(f"damaged or truncated ({named})")
+
+
+def _one_line(text: str) -> str:
+    text = re.sub(r"<[^<>]*( at 0x| name=)[^<>]*>", "the file", text)
+    ascii_only = text.encode("ascii", "backslashreplace").decode("ascii")
+    plain = " ".join(re.sub(r"[\x00-\x1f\x7f]+", " ", ascii_only).split())
+    return plain if len(plain) <= _REASON_LENGTH else plain[: _REASON_LENGTH - 3] + "..."
