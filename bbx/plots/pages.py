@@ -1,0 +1,35 @@
+"""Figures together: as the pages of one PDF, or as pixels for whoever has a window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from bbx.errors import WriteError
+
+
+def save_pages(figures: Iterable[Figure], path: str | Path) -> int:
+    """Writes each figure as a page of the PDF at `path`, undated; gives their number. Raises `WriteError`."""
+    count = 0
+    try:
+        with PdfPages(path, metadata={"CreationDate": None}) as pages:
+            for figure in figures:
+                pages.savefig(figure)
+                count += 1
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}", "choose another place with -o") from None
+    return count
+
+
+def pixels(figure: Figure) -> NDArray[Any]:
+    """The figure drawn: `(height, width, 4)` uint8 RGBA."""
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
