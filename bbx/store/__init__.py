@@ -1,0 +1,19 @@
+"""The feature file: the only package that knows HDF5. `FeatureWriter` makes one, `FeatureFile` reads it."""
+
+from bbx.store.disk import size_text
+from bbx.store.format import Counts
+from bbx.store.reader import FeatureFile, RowError, StageView, open_finished_or_partial
+from bbx.store.target import Target, check_target
+from bbx.store.writer import FeatureWriter
+
+__all__ = [
+    "Counts",
+    "FeatureFile",
+    "FeatureWriter",
+    "RowError",
+    "StageView",
+    "Target",
+    "check_target",
+    "open_finished_or_partial",
+    "size_text",
+]

@@ -1,0 +1,285 @@
+"""Write rows into a feature file so that a kill or a power loss at any instant loses no row that was marked.
+
+The protocol: a skeleton laid out first, rows by plain writes at known offsets, status bytes after a sync, one rename
+when nothing is pending.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bbx.errors import StartError, UsageError, WriteError
+from bbx.spec import Mode, RunSpec
+from bbx.store import disk, format, lock, skeleton, trust
+from bbx.store.commit import Committer, failed, runs
+from bbx.store.format import Column, Counts
+from bbx.store.target import Target, check_target, output_path, partial_path
+
+
+class FeatureWriter:
+    """One run's output, as a context manager; made by `open`, used from one thread at a time, in one process.
+
+    `pending` are the rows that still want features, int64 ascending, as they were when the file was opened.
+    """
+
+    def __init__(self, target: Target, held: lock.WriterLock, run: RunSpec, attempt: bytes) -> None:
+        self.path = target.path
+        self.run = run
+        self._partial = partial_path(target.path)
+        self._held = held
+        self._pid = os.getpid()
+        self._closed = False
+        self._write_error: WriteError | None = None
+        complete = target.state == "complete"
+        self._replaces = target.path.exists()
+        opened = trust.open_checked(target.path if complete else self._partial)
+        try:
+            self._columns = opened.facts.columns
+            self._attempts = opened.rows(format.ATTEMPTS, 0, format.ATTEMPT_SLOTS)
+            status = opened.status()
+        finally:
+            opened.close()
+        self._status = status.copy()
+        self.pending: NDArray[np.int64] = np.flatnonzero(status == format.PENDING)
+        self._committer: Committer | None = None
+        if not complete:
+            self._fd = self._descriptor()
+            try:
+                if target.state == "resume":
+                    self._record(attempt)
+            except BaseException:
+                lock.disown(self._fd)
+                raise
+            self._committer = Committer(self._fd, self._columns[format.STATUS], status)
+        self._pool = ThreadPoolExecutor(1, "bbx-checksum")
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        run: RunSpec,
+        keys: Sequence[str],
+        *,
+        attempt: Mapping[str, object] | None = None,
+        mode: Mode = "auto",
+    ) -> FeatureWriter:
+        """Begin `run` over the images `keys` at `path`, or go on with it, as `check_target` says.
+
+        `attempt` is recorded in the file as this start's time, host, device, versions and the like. Raises what
+        `check_target` does, and `StartError` where another process writes there or the disk has too little room.
+        """
+        out = output_path(path)
+        with disk.starting(out):
+            held = lock.WriterLock(out)
+            try:
+                target = check_target(path, run, keys, mode)
+                record = format.encode_attempt(attempt)
+                if target.state == "new":
+                    _lay_out(out, run, keys, record)
+                return cls(target, held, run, record)
+            except BaseException:
+                held.release()
+                raise
+
+    @property
+    def status(self) -> NDArray[np.uint8]:
+        """0 pending, 1 done, 2 failed, uint8 `(n,)`, with rows that were written but not yet committed; a copy."""
+        return self._status.copy()
+
+    @property
+    def counts(self) -> Counts:
+        """Rows by status, with those that were written but not yet committed."""
+        return Counts.of(self._status)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no row is pending."""
+        return self.counts.pending == 0
+
+    def write(self, rows: NDArray[np.int64] | Sequence[int], maps: Mapping[str, NDArray[Any]]) -> None:
+        """Store `maps[stage]`, `(b, *stage.shape)` of any float type, as the `b` pending rows `rows`.
+
+        The rows count after the next commit, in the background every 256 MB or 5 seconds. What float16 cannot
+        hold becomes an infinity: counting those is the caller's. Raises `UsageError` for other rows, stages or shapes,
+        `WriteError` when the disk fails.
+        """
+        places = self._checked_rows(rows)
+        arrays = self._checked_maps(maps, len(places))
+        self._store(places, arrays, format.DONE)
+
+    def fail(self, row: int, reason: str) -> None:
+        """Mark the pending row `row` as failed for `reason` (256 bytes are kept); its features become NaN."""
+        places = self._checked_rows([row])
+        self._put(format.FAILURE, places, np.array([format.encode_reason(reason)], self._columns[format.FAILURE].dtype))
+        columns = [self._columns[stage.name] for stage in self.run.stages]
+        arrays = {column.name: np.full((1, *column.row_shape), np.nan, column.dtype) for column in columns}
+        self._store(places, arrays, format.FAILED)
+
+    def commit(self) -> None:
+        """Return once everything written so far is on disk and marked. Raises `WriteError`."""
+        self._check_usable()
+        if self._committer is not None:
+            self._committer.flush()
+
+    def close(self) -> None:
+        """Commit, move the file to its final name if nothing is pending, and let go of the output.
+
+        Raises `WriteError` for what could not be committed; the file is then left as `.partial`.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        try:
+            if self._committer is not None:
+                self._finish(self._committer)
+        finally:
+            self._pool.shutdown()
+            self._held.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except WriteError as second:
+            if error is None:
+                raise
+            error.add_note(f"and closing {self._partial} failed: {second.message}")
+
+    def _finish(self, committer: Committer) -> None:
+        try:
+            try:
+                committer.stop()
+                committer.flush()
+                os.fsync(self._fd)
+            finally:
+                lock.disown(self._fd)
+            if self._write_error is None and not (committer.marked == format.PENDING).any():
+                self._publish()
+        except OSError as error:
+            raise failed(f"finish {self.path}", error) from error
+
+    def _publish(self) -> None:
+        if self.path.exists() and not self._replaces:
+            raise WriteError(
+                f"{self.path} was made by another program meanwhile, and is left alone",
+                f"the features are complete in {self._partial}: mv them where you want them",
+            )
+        self._partial.replace(self.path)
+        disk.sync_folder(self.path.parent)
+
+    def _descriptor(self) -> int:
+        """The one descriptor that rows are written through, locked so that no HDF5 program opens the file to write."""
+        fd = lock.own(os.open(self._partial, os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)))
+        if not lock.try_lock(fd, shared=True):
+            lock.disown(fd)
+            raise StartError(f"{self._partial} is open for writing in another program", "close it there")
+        return fd
+
+    def _record(self, attempt: bytes) -> None:
+        """Put this start into the first free slot, or the last one where all are taken."""
+        free = np.flatnonzero(self._attempts[:, 0] == 0)
+        slot = int(free[0]) if len(free) else format.ATTEMPT_SLOTS - 1
+        column = self._columns[format.ATTEMPTS]
+        disk.write_at(self._fd, attempt, _offset(column, slot))
+        disk.make_durable(self._fd)
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise UsageError(f"the writer of {self.path} is closed")
+        if os.getpid() != self._pid:
+            raise UsageError(f"the writer of {self.path} belongs to process {self._pid}", "send the maps there")
+        error = self._write_error or (self._committer.error if self._committer is not None else None)
+        if error is not None:
+            raise error
+
+    def _checked_rows(self, rows: NDArray[np.int64] | Sequence[int]) -> NDArray[np.int64]:
+        self._check_usable()
+        given = np.asarray(rows)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise UsageError(f"rows are a list of whole numbers, not {given.dtype} of shape {given.shape}")
+        places = given.astype(np.int64)
+        wrong = places[(places < 0) | (places >= len(self._status))]
+        if wrong.size:
+            raise UsageError(f"there is no row {wrong[0]}", f"rows are 0 to {len(self._status) - 1}")
+        taken = places[self._status[places] != format.PENDING]
+        if taken.size:
+            raise UsageError(f"row {taken[0]} is written already", "a row that counts is never written over")
+        if len(np.unique(places)) != len(places):
+            raise UsageError(f"a row is given twice in {places.tolist()}")
+        return places
+
+    def _checked_maps(self, maps: Mapping[str, NDArray[Any]], count: int) -> dict[str, NDArray[Any]]:
+        """The maps as they go to disk: the run's type, little-endian, in C order."""
+        names = [stage.name for stage in self.run.stages]
+        if set(maps) != set(names):
+            raise UsageError(f"got the stages {', '.join(maps) or 'none'}, and the run has {', '.join(names)}")
+        arrays = {}
+        for name in names:
+            column, given = self._columns[name], np.asarray(maps[name])
+            if given.shape != (count, *column.row_shape):
+                raise UsageError(f"{name} has shape {given.shape}, not {(count, *column.row_shape)}")
+            if given.dtype.kind in "cOSUMmb":
+                raise UsageError(f"{name} has type {given.dtype}, which is no float type")
+            with np.errstate(over="ignore"):
+                arrays[name] = np.ascontiguousarray(given, dtype=column.dtype)
+        return arrays
+
+    def _store(self, places: NDArray[np.int64], arrays: Mapping[str, NDArray[Any]], status: int) -> None:
+        """Hand rows and checksums to the system, then to the committer; an error in between leaves the rows pending."""
+        if self._committer is None or not len(places):
+            return
+        for name, array in arrays.items():
+            sums = self._pool.submit(_checksums, array)  # beside the write: both let go of the interpreter
+            self._put(name, places, array)
+            self._put(format.checksum_name(name), places, sums.result())
+        self._status[places] = status
+        self._committer.add(places, status, sum(array.nbytes for array in arrays.values()))
+
+    def _put(self, name: str, places: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Write `values`, `(k, *row_shape)`, at the rows `places`, `(k,)`: one call per run of consecutive rows."""
+        column = self._columns[name]
+        done = 0
+        try:
+            for first, last in runs(places):
+                count = last - first
+                disk.write_at(self._fd, values[done : done + count].view(np.uint8), _offset(column, first))
+                done += count
+        except OSError as error:
+            self._write_error = failed(f"write to {self._partial}", error)
+            raise self._write_error from error
+
+
+def _checksums(array: NDArray[Any]) -> NDArray[np.uint32]:
+    """CRC32 of each row's bytes, `(b,)`."""
+    return np.array([zlib.crc32(row.data) for row in array.reshape(len(array), -1)], "<u4")
+
+
+def _offset(column: Column, row: int) -> int:
+    if column.offset is None:
+        raise StartError(f"{column.name} is compressed, and rows cannot be added to it", "--mode overwrite")
+    return column.offset + row * column.row_nbytes
+
+
+def _lay_out(out: Path, run: RunSpec, keys: Sequence[str], attempt: bytes) -> None:
+    """Put the skeleton where `.partial` goes, whole or not at all."""
+    draft = out.with_name(out.name + ".partial.tmp")
+    try:
+        skeleton.build(draft, run, keys, attempt)
+        draft.replace(partial_path(out))
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    disk.sync_folder(out.parent)
