@@ -1,0 +1,295 @@
+"""The commands, each a call of one library function; `main` is the only place that exits.
+
+Nothing heavy is imported here: `--help` and completion stay instant, and each command pays for what it uses. Options
+left out are left to the library, where the defaults live.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from bbx.errors import BbxError, InterruptedRunError, UsageError
+from bbx.spec import Dtype, ExifMode, Mode, OnError, Pool, Precision, ResizeMode, Scale
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from bbx.plan import Plan
+
+EXIT_CODES = """Exit codes: 0 all rows done · 1 internal error · 2 usage · 3 cannot start, or the disk failed ·
+4 finished, some rows failed · 5 all rows failed · 130/143 interrupted, the same command continues."""
+
+app = typer.Typer(
+    help="Feature maps of any vision backbone, stage by stage, from a folder of images into one HDF5 file, and drawn.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="swin-tiny, resnet50, …: see bbx models", metavar="NAME")
+]
+Stages = Annotated[str | None, typer.Option(help="stem,stage2 · 0,-1 · stem..stage2 · all", metavar="LIST")]
+Layers = Annotated[str | None, typer.Option(help="Any module paths or globs: 'features.*.norm1'", metavar="LIST")]
+Weights = Annotated[str | None, typer.Option(help="auto, random, a .safetensors/.pth file, or a name", metavar="W")]
+Seed = Annotated[int | None, typer.Option(help="Of random weights", metavar="N")]
+Size = Annotated[str | None, typer.Option(help="Input in pixels, 224 or 224x320, not the weights' own", metavar="N")]
+Resize = Annotated[ResizeMode | None, typer.Option(help="How the picture is fitted to the input")]
+Exif = Annotated[ExifMode | None, typer.Option(help="The orientation tag of photographs")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
+
+
+@app.callback(invoke_without_command=True)
+def common(version: Annotated[bool, typer.Option("--version", help="Print the version")] = False) -> None:
+    """Options of `bbx` itself."""
+    if version:
+        from bbx import __version__
+
+        typer.echo(f"bbx {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog=EXIT_CODES)
+def extract(
+    images: Annotated[list[str], typer.Argument(help="Folders, files, globs, @list.txt, or - for paths on stdin")],
+    model: Model = None,
+    stages: Stages = None,
+    layers: Layers = None,
+    weights: Weights = None,
+    seed: Seed = None,
+    size: Size = None,
+    resize_mode: Resize = None,
+    exif: Exif = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images computed at once", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Decoding threads", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps", metavar="D")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="On disk")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="In computing")] = None,
+    pool: Annotated[Pool | None, typer.Option(help="Store a vector per stage instead of a map")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="[features.h5]")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="auto resumes the same run, refuses another's file")] = None,
+    on_error: Annotated[OnError | None, typer.Option(help="A bad image: a failed row, or the end")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing")] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More of the plan")] = False,
+) -> None:
+    """Extract stem and stages of a backbone for every image into one HDF5 file."""
+    from bbx import console, facts, runner
+
+    options = _given(
+        stages=stages, layers=layers, weights=weights, seed=seed, size=_size(size), resize_mode=resize_mode, exif=exif,
+        batch_size=batch_size, workers=workers, device=device, dtype=dtype, precision=precision, pool=pool,
+        output=output, mode=mode, on_error=on_error,
+    )  # fmt: skip
+    plans: list[Plan] = []
+
+    def on_plan(plan: Plan) -> None:
+        plans.append(plan)
+        if not quiet:
+            console.plan(plan, verbose=verbose)
+
+    with _signals() as stop, nullcontext() if quiet else console.progress() as progress:
+        summary = runner.extract(
+            images, model=_required(model), stdin=sys.stdin.buffer, dry_run=dry_run, on_plan=on_plan,
+            progress=progress, stop=stop, **options,
+        )  # fmt: skip
+    if not quiet and not dry_run:
+        console.summary(summary)
+    if as_json:
+        _print_json(facts.of_run(plans[0], summary, dry_run=dry_run))
+    elif not dry_run:
+        typer.echo(str(summary.output))
+    raise typer.Exit(0 if dry_run else summary.exit_code)
+
+
+@app.command()
+def show(
+    source: Annotated[str, typer.Argument(help="A feature file, or with --model an image")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="Key, glob of keys, or row; repeatable", metavar="KEY")
+    ] = None,
+    stages: Stages = None,
+    channels: Annotated[
+        str | None, typer.Option(help="0:64 · 3,17 · top:16 (by mean) · top:16:max · top:16:std", metavar="LIST")
+    ] = None,
+    scale: Annotated[Scale | None, typer.Option(help="One range for all channels, or each its own")] = None,
+    cmap: Annotated[str | None, typer.Option(help="A matplotlib colour map", metavar="NAME")] = None,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Draw the channels over the picture")] = False,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="A folder, or a name.png, .svg, .pdf", metavar="PATH")
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="The folder of the file's images", metavar="FOLDER")] = None,
+    window: Annotated[bool, typer.Option("--window", help="Open windows instead of writing files")] = False,
+    model: Model = None,
+    layers: Layers = None,
+    weights: Weights = None,
+    seed: Seed = None,
+    size: Size = None,
+    resize_mode: Resize = None,
+    exif: Exif = None,
+) -> None:
+    """Draw channel grids of stem and stages, and a contact sheet: of a feature file, or straight from an image."""
+    from bbx import console
+    from bbx import show as drawing
+
+    backbone = _given(layers=layers, weights=weights, seed=seed, size=_size(size), resize_mode=resize_mode, exif=exif)
+    if model:
+        if image or root:
+            raise UsageError("--image and --root choose from a feature file, not with --model", "name the image itself")
+        subjects = drawing.from_image(source, model=model, **_given(stages=stages), **backbone)
+    elif backbone:
+        raise UsageError(f"--{next(iter(backbone)).replace('_', '-')} needs --model", "bbx show image.jpg --model NAME")
+    else:
+        subjects = drawing.from_file(source, root=root, tell=console.note, **_given(images=image, stages=stages))
+    figures = drawing.draw(subjects, drawing.Look(channels, scale, cmap, overlay))
+    if window:
+        drawing.open_windows(figures)
+        return
+    for path in drawing.save(figures, output, source=source):
+        typer.echo(str(path))
+
+
+@app.command(name="stages")
+def stages_command(
+    model: Annotated[str, typer.Argument(help="swin-tiny, resnet50, …: see bbx models")],
+    weights: Weights = None,
+    size: Size = None,
+    as_json: Json = False,
+) -> None:
+    """Print what stem and stages of a backbone are: module, channels, stride, size, cost, preprocessing."""
+    from bbx import console, facts
+    from bbx.backbone import parameters_until
+    from bbx.providers import load_structure
+
+    backbone = load_structure(model, **_given(weights=weights, size=_size(size)))
+    parameters = parameters_until(backbone)
+    if as_json:
+        _print_json(facts.of_stages(backbone, parameters))
+    else:
+        console.stages(str(backbone.ref), backbone.stages, parameters, backbone.preprocess)
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="A glob: 'swin*', 'torchvision:*'")] = "*", as_json: Json = False
+) -> None:
+    """List the models: name, alias, provider, parameters, weights."""
+    from bbx import console
+    from bbx.providers import list_models
+
+    found = list_models(pattern)
+    if not found:
+        raise UsageError(f"no model matches {pattern!r}", "bbx models lists all of them")
+    if as_json:
+        _print_json(found)
+    else:
+        console.models(found)
+
+
+@app.command()
+def info(file: Annotated[str, typer.Argument(help="A feature file")], as_json: Json = False) -> None:
+    """Print what a feature file holds, and how it was made."""
+    from bbx import console, facts
+    from bbx.store import open_finished_or_partial
+
+    with open_finished_or_partial(file) as opened:
+        if as_json:
+            _print_json(facts.of_file(opened))
+        else:
+            console.info(opened)
+
+
+def main() -> None:
+    """The `bbx` command: runs it, prints any error on stderr, exits with its documented code."""
+    # A feature file from a stranger must not make HDF5 load a filter plugin; read when h5py is first imported.
+    os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
+    try:
+        app()
+    except BbxError as problem:
+        _fail(problem)
+    except Exception as problem:
+        _fail(_internal(problem))
+
+
+def _fail(problem: BbxError) -> NoReturn:
+    from bbx import console
+
+    console.error(problem)
+    if "--json" in sys.argv:
+        _print_json({"error": problem.message, "hint": problem.hint, "exit_code": problem.exit_code})
+    sys.exit(problem.exit_code)
+
+
+def _internal(problem: Exception) -> BbxError:
+    """An error nobody foresaw, with its trace, for the bug report."""
+    trace = "".join(traceback.format_exception(problem))
+    return BbxError(
+        f"internal error, {type(problem).__name__}: {problem}\n{trace}", "a defect of bbx: please report it"
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], int | None]]:
+    """Gives the function that the loop asks after each batch; SIGINT and SIGTERM then end it with all work committed.
+
+    A signal before the loop runs, or a second one, ends at once: that is safe too, only the last batches are lost.
+    """
+    seen: list[int] = []
+    asked = False
+
+    def stop() -> int | None:
+        nonlocal asked
+        asked = True
+        return seen[0] if seen else None
+
+    def handle(signum: int, _frame: FrameType | None) -> None:
+        if seen or not asked:
+            raise InterruptedRunError(
+                f"stopped by {signal.Signals(signum).name}", "the same command continues it", signum=signum
+            )
+        seen.append(signum)
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Only what was typed; the rest is left to the library's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _required(model: str | None) -> str:
+    if model is None:
+        raise UsageError(
+            "which model? --model NAME", "bbx models lists them; --model efficientnet-lite0 needs no network"
+        )
+    return model
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:[x×,](\d+))?", text.strip().lower())
+    if not match:
+        raise UsageError(f"--size {text!r} is no size", "pixels, such as 224, or HEIGHTxWIDTH, such as 224x320")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, ensure_ascii=False))

@@ -1,0 +1,232 @@
+"""Talk, in Rich: the plan, the progress, the tables, the error; never on stdout, which is for data.
+
+Names of files and stages come from outside, so they are drawn as plain text: no markup, no control characters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from bbx.errors import BbxError
+
+if TYPE_CHECKING:
+    from bbx.plan import Plan, Summary
+    from bbx.spec import Preprocess, Stage
+    from bbx.store import FeatureFile
+
+# Seconds between lines where there is no terminal to draw a bar on.
+LINE_EVERY = 5.0
+_FAILURES_SHOWN = 10
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 140  # a log file has no width; 80 would fold every path
+    return console
+
+
+def plain(text: object) -> Text:
+    """Untrusted text: control characters are shown as escapes, markup as written."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
+    return Text(shown)
+
+
+def error(problem: BbxError) -> None:
+    """The error and its hint, on stderr."""
+    console = _console(stderr=True)
+    console.print(Text("error: ", "bold red") + _lines(problem.message))
+    for line in problem.hint.splitlines():
+        console.print(Text("  hint: ", "cyan") + plain(line), soft_wrap=True)
+    for line in getattr(problem, "__notes__", ()):
+        console.print(plain(line))
+
+
+def note(text: str) -> None:
+    """One line of talk, on stderr."""
+    _console(stderr=True).print(plain(text), soft_wrap=True)
+
+
+def plan(what: Plan, *, verbose: bool = False) -> None:
+    """What is about to be done, on stderr."""
+    from bbx.store import size_text
+
+    run, images = what.run, what.images
+    grid = Table.grid(padding=(0, 2))
+    skipped = f" ({images.skipped:,} other files skipped)" if images.skipped else ""
+    grid.add_row("images", plain(f"{len(images):,}{skipped} from {', '.join(images.roots[:4])}"))
+    grid.add_row("model", plain(f"{run.model}, weights {run.weights}"))
+    grid.add_row("input", plain(run.preprocess.describe()))
+    grid.add_row(
+        "device", plain(f"{what.device}, {run.precision}, batches of {what.batch_size}, {what.workers} decoders")
+    )
+    for stage in run.stages:
+        nbytes = stage.values * (2 if run.dtype == "float16" else 4)
+        grid.add_row("stage", plain(f"{stage.name}  {shape_text(stage.shape)}  {size_text(nbytes)} per image"))
+    pooled = f", {run.pool}-pooled" if run.pool != "none" else ""
+    total = len(images) * run.row_nbytes
+    needed = f"{size_text(total)} ({run.dtype}{pooled}); {size_text(what.free_nbytes)} free"
+    grid.add_row("output", plain(f"{what.output}  {needed}"))
+    target = what.target
+    if target.state == "resume":
+        grid.add_row("resume", plain(f"{target.done:,} done, {target.failed:,} failed, {target.pending:,} to do"))
+    if target.state == "complete":
+        grid.add_row("complete", plain("this very run is there already: nothing to do"))
+    if verbose:
+        grid.add_row("digest", plain(f"run {run.sha256[:16]}, weights {run.weights_digest[:16]}"))
+    console = _console(stderr=True)
+    console.print(grid)
+    for line in (*what.backbone.notes, *images.warnings):
+        console.print(Text("note: ", "yellow") + plain(line), soft_wrap=True)
+    if run.dtype == "float16":
+        console.print(Text("note: ", "yellow") + plain("netCDF4-python (xarray's first choice) crashes on float16; "
+                                                       "h5py and h5netcdf read it"), soft_wrap=True)  # fmt: skip
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Summary], None]]:
+    """Gives the function to call after each batch: a bar on a terminal, a line every few seconds elsewhere."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        yield _line_writer(console)
+        return
+    columns = (
+        TextColumn("extracting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.1f} images/s"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failed]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, rate=0.0, failed="")
+
+        def update(summary: Summary) -> None:
+            failed = f"{len(summary.failed):,} failed" if summary.failed else ""
+            seen = summary.done + len(summary.failed)
+            rate = summary.images_per_second
+            bar.update(task, total=summary.rows, completed=seen, rate=rate, failed=failed)
+
+        yield update
+
+
+def _line_writer(console: Console) -> Callable[[Summary], None]:
+    last = time.monotonic()
+
+    def write(summary: Summary) -> None:
+        nonlocal last
+        if time.monotonic() - last < LINE_EVERY:
+            return
+        last = time.monotonic()
+        seen = summary.done + len(summary.failed)
+        rate = summary.images_per_second
+        left = time.strftime("%H:%M:%S", time.gmtime((summary.rows - seen) / rate)) if rate else "?"
+        text = f"{seen:,}/{summary.rows:,} images, {rate:.1f} images/s, {left} to go, {len(summary.failed):,} failed"
+        console.print(plain(text))
+
+    return write
+
+
+def summary(result: Summary) -> None:
+    """What came of it, on stderr."""
+    console = _console(stderr=True)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("rows", plain(f"{result.rows:,}: {result.done:,} done, {len(result.failed):,} failed"))
+    if result.extracted:
+        grid.add_row(
+            "speed", plain(f"{result.images_per_second:.1f} images/s, {result.extracted:,} in {result.wall:.1f} s")
+        )
+        split = (
+            f"decode {result.decode:.1f} s, compute {result.compute:.1f} s, write {result.write:.1f} s (overlapping)"
+        )
+        grid.add_row("time", plain(split))
+    for stage, count in result.overflow.items():
+        grid.add_row("overflow", plain(f"{stage}: {count:,} values are beyond float16 and stored as infinity"))
+    console.print(grid)
+    for key, reason in list(result.failed.items())[:_FAILURES_SHOWN]:
+        console.print(Text("failed: ", "yellow") + plain(f"{key}: {reason}"), soft_wrap=True)
+    if len(result.failed) > _FAILURES_SHOWN:
+        console.print(plain(f"… and {len(result.failed) - _FAILURES_SHOWN:,} more: bbx info {result.output}"))
+
+
+def stages(title: str, found: Sequence[Stage], parameters: Mapping[str, int], preprocess: Preprocess) -> None:
+    """`bbx stages`, on stdout."""
+    from bbx.store import size_text
+
+    table = _table("stage", "index", "module", "channels", "stride", "height × width", "bytes per image", "parameters")
+    for stage in found:
+        grid = shape_text(stage.shape[1:]) if len(stage.shape) == 3 else "-"
+        row = (stage.name, stage.index, stage.module, stage.channels, f"{stage.stride:g}", grid,
+               size_text(4 * stage.values), f"{parameters[stage.name]:,}")  # fmt: skip
+        table.add_row(*(plain(cell) for cell in row))
+    console = _console(stderr=False)
+    console.print(plain(title))
+    console.print(table)
+    console.print(plain(f"preprocessing: {preprocess.describe()}"), soft_wrap=True)
+
+
+def models(found: Sequence[Mapping[str, Any]]) -> None:
+    """`bbx models`, on stdout."""
+    table = _table("name", "alias", "provider", "parameters", "weights")
+    for model in found:
+        row = (
+            model["name"],
+            model["alias"],
+            model["provider"],
+            f"{model['parameters']:,}",
+            ", ".join(model["weights"]),
+        )
+        table.add_row(*(plain(cell) for cell in row))
+    _console(stderr=False).print(table)
+
+
+def info(file: FeatureFile) -> None:
+    """`bbx info`, on stdout."""
+    from bbx.store import size_text
+
+    console = _console(stderr=False)
+    run, counts = file.run, file.counts
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("file", plain(f"{file.path}  {size_text(file.nbytes)}"))
+    rows = f"{len(file):,}: {counts.done:,} done, {counts.failed:,} failed, {counts.pending:,} pending"
+    grid.add_row("rows", plain(rows))
+    grid.add_row("model", plain(f"{run.model}, weights {run.weights}"))
+    grid.add_row("digest", plain(f"weights {run.weights_digest}"))
+    grid.add_row("input", plain(run.preprocess.describe()))
+    grid.add_row("values", plain(f"{run.dtype}, computed in {run.precision}, pool {run.pool}"))
+    for attempt in file.attempts:
+        facts = ", ".join(f"{name} {attempt[name]}" for name in ("time", "host", "device") if name in attempt)
+        grid.add_row("start", plain(facts))
+    console.print(grid)
+    table = _table("stage", "shape", "stride", "module")
+    for stage in file.stages.values():
+        cells = (stage.name, shape_text((len(file), *stage.shape)), f"{stage.stride:g}", stage.module)
+        table.add_row(*(plain(cell) for cell in cells))
+    console.print(table)
+    for key, reason in file.failed.items():
+        console.print(Text("failed: ", "yellow") + plain(f"{key}: {reason}"), soft_wrap=True)
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """`(96, 56, 56)` → `96×56×56`."""
+    return "×".join(map(str, shape))
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        numeric = header in ("index", "channels", "stride", "bytes per image", "parameters")
+        table.add_column(header, justify="right" if numeric else "left", no_wrap=header in ("name", "stage"))
+    return table
+
+
+def _lines(text: str) -> Text:
+    return Text("\n").join(plain(line) for line in text.splitlines() or [""])

@@ -1,0 +1,78 @@
+"""What `--json` prints: the facts that the console draws, as plain data with stable names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bbx.backbone import Backbone
+    from bbx.plan import Plan, Summary
+    from bbx.spec import RunSpec, Stage
+    from bbx.store import FeatureFile
+
+
+def of_run(plan: Plan, summary: Summary, *, dry_run: bool) -> dict[str, Any]:
+    """`bbx extract`: the plan, and unless it was a dry run, what came of it; times in seconds, sizes in bytes."""
+    planned = {
+        "output": str(plan.output),
+        "state": plan.target.state,
+        "images": len(plan.images),
+        "skipped": plan.images.skipped,
+        "warnings": [*plan.backbone.notes, *plan.images.warnings],
+        "device": str(plan.device),
+        "batch_size": plan.batch_size,
+        "workers": plan.workers,
+        "nbytes": len(plan.images) * plan.run.row_nbytes,
+        "free_nbytes": plan.free_nbytes,
+        "run": of_spec(plan.run),
+    }
+    if dry_run:
+        return {**planned, "dry_run": True, "exit_code": 0}
+    times = {name: round(getattr(summary, name), 3) for name in ("wall", "decode", "compute", "write")}
+    return {
+        **planned,
+        "rows": summary.rows,
+        "done": summary.done,
+        "failed": summary.failed,
+        "extracted": summary.extracted,
+        "overflow": summary.overflow,
+        "seconds": times,
+        "images_per_second": round(summary.images_per_second, 3),
+        "exit_code": summary.exit_code,
+    }
+
+
+def of_stages(backbone: Backbone, parameters: Mapping[str, int]) -> dict[str, Any]:
+    """`bbx stages`: each stage with its cost in float32, and the preprocessing."""
+    stages = [
+        {**of_stage(stage), "nbytes": 4 * stage.values, "parameters": parameters[stage.name]}
+        for stage in backbone.stages
+    ]
+    return {"model": str(backbone.ref), "stages": stages, "preprocess": asdict(backbone.preprocess)}
+
+
+def of_file(file: FeatureFile) -> dict[str, Any]:
+    """`bbx info`."""
+    counts = file.counts
+    return {
+        "path": str(file.path),
+        "nbytes": file.nbytes,
+        "rows": len(file),
+        "done": counts.done,
+        "failed": file.failed,
+        "pending": counts.pending,
+        "run": of_spec(file.run),
+        "attempts": file.attempts,
+    }
+
+
+def of_spec(run: RunSpec) -> dict[str, Any]:
+    """What makes the run, as the file records it."""
+    return {**asdict(run), "sha256": run.sha256, "stages": [of_stage(stage) for stage in run.stages]}
+
+
+def of_stage(stage: Stage) -> dict[str, Any]:
+    """Name, index, module, shape, channels, stride."""
+    return {**asdict(stage), "channels": stage.channels}

@@ -1,0 +1,230 @@
+"""What `bbx show` does: a feature file, or an image and a model, drawn as figures on disk."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bbx import plots
+from bbx.errors import ImageError, StartError, UsageError, nearest
+from bbx.images import read_image
+from bbx.spec import ExifMode, ResizeMode, Scale, select_stages
+from bbx.store import FeatureFile, open_finished_or_partial
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Without --image a file of a million rows is not drawn whole.
+DEFAULT_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One image with its maps: `maps[stage]` `(c, h, w)`, `picture` `(h, w, 3)` uint8 as the network saw it."""
+
+    key: str
+    row: int
+    maps: dict[str, NDArray[Any]]
+    strides: dict[str, float]
+    picture: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class Look:
+    """How figures are drawn; None leaves it to the plot."""
+
+    channels: str | None = None
+    scale: Scale | None = None
+    cmap: str | None = None
+    overlay: bool = False
+
+
+def from_file(
+    path: str | os.PathLike[str],
+    *,
+    images: Sequence[str] = (),
+    stages: str | Iterable[str | int] = "all",
+    root: str | os.PathLike[str] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Iterator[Subject]:
+    """The images of a feature file to draw: keys, globs of keys or row numbers, default the first few finished rows.
+
+    `root` is the folder that the keys are relative to, for drawing the pictures themselves. Without it the recorded
+    folder is used if it lies in the current folder or beside the file, for paths in a file are not to be trusted.
+    `tell` hears what is left out. Raises `UsageError` for an unknown key or stage, `FileError` for a bad file.
+    """
+    tell = tell or (lambda _: None)
+    with open_finished_or_partial(path) as file:
+        names = select_stages(list(file.stages), stages)
+        rows = _rows(file, images, tell)
+        roots = [Path(root)] if root else _recorded_roots(file)
+        for row in rows:
+            picture = _picture(file, row, roots)
+            if picture is None and row == rows[0]:
+                tell(f"the picture of {file.keys[row]} is not drawn: name its folder with --root")
+            maps = {name: file[name][row] for name in names}
+            yield Subject(file.keys[row], row, maps, {name: file.stages[name].stride for name in names}, picture)
+
+
+def from_image(
+    path: str | os.PathLike[str],
+    *,
+    model: str,
+    stages: str | Iterable[str | int] | None = None,
+    layers: str | Iterable[str] = (),
+    weights: str = "auto",
+    seed: int = 0,
+    size: int | tuple[int, int] | None = None,
+    resize_mode: ResizeMode | None = None,
+    exif: ExifMode | None = None,
+) -> Iterator[Subject]:
+    """One image straight through a model, no file between; `stages` default: the stem and every stage.
+
+    The options are those of `runner.extract`. Raises what `load_backbone` does, `StartError` for a bad image.
+    """
+    from bbx.providers import load_backbone
+    from bbx.runner import features, override
+
+    stages = "all" if stages is None and not layers else stages
+    backbone = load_backbone(model, weights=weights, seed=seed, stages=stages, layers=layers, size=size)
+    backbone = override(backbone, resize_mode, exif)
+    try:
+        picture, maps = features(backbone, path)
+    except ImageError as error:
+        raise StartError(f"{path}: {error.message}", "name an image, or a feature file without --model") from None
+    yield Subject(Path(path).name, 0, maps, {stage.name: stage.stride for stage in backbone.stages}, picture)
+
+
+def draw(subjects: Iterable[Subject], look: Look) -> Iterator[tuple[Subject, str, Figure]]:
+    """(subject, what, figure): for each subject one figure per stage, and where they are several a contact sheet."""
+    for subject in subjects:
+        if look.overlay and subject.picture is None:
+            raise StartError(f"there is no picture of {subject.key} to draw on", "name its folder with --root")
+        given = _given(image=subject.key, channels=look.channels, scale=look.scale, cmap=look.cmap)
+        overlay = subject.picture if look.overlay else None
+        for stage, maps in subject.maps.items():
+            figure = plots.channel_grid(maps, stage=stage, stride=subject.strides[stage], overlay=overlay, **given)
+            yield subject, stage, figure
+        if sum(maps.ndim == 3 for maps in subject.maps.values()) > 1:
+            yield subject, "sheet", plots.contact_sheet(subject.maps, picture=subject.picture, **given)
+
+
+def save(figures: Iterable[tuple[Subject, str, Figure]], output: str | None, *, source: str) -> Iterator[Path]:
+    """Writes each figure and gives its path.
+
+    `output`: a folder (default: the source's name with `_grids`), a `.pdf` (all figures, a page each), or a `.png` or
+    `.svg` name, into which image and stage are put when there is more than one figure.
+    """
+    target = Path(output) if output else Path(f"{Path(source).stem}_grids")
+    if target.suffix == ".pdf":
+        plots.save_pages([figure for _, _, figure in figures], target)
+        yield target
+        return
+    single = target.suffix != "" and not target.is_dir()
+    if single and target.suffix not in (".png", ".svg"):
+        raise UsageError(f"cannot draw into {target.name}", "a name ending in .png, .pdf or .svg, or a folder")
+    waiting: tuple[Path, Figure] | None = None
+    for number, (subject, what, figure) in enumerate(figures):
+        name = f"{_file_name(subject)}.{what}"
+        path = target.with_name(f"{target.stem}.{name}{target.suffix}") if single else target / f"{name}.png"
+        if single and number == 0:
+            waiting = (path, figure)  # the plain name, if it stays the only one
+            continue
+        if waiting:
+            yield _saved(*waiting)
+            waiting = None
+        yield _saved(path, figure)
+    if waiting:
+        yield _saved(target, waiting[1])
+
+
+def open_windows(figures: Iterable[tuple[Subject, str, Figure]]) -> None:
+    """A window per figure, until they are closed; raises `StartError` where there is no display."""
+    from matplotlib import pyplot
+
+    if pyplot.get_backend().lower() == "agg":
+        raise StartError("there is no display to open a window on", "leave --window out: files are written instead")
+    for _, _, figure in figures:
+        # Drawn as pixels: the figure belongs to no window, and moving it into one differs by toolkit.
+        shown = pyplot.figure(figsize=figure.get_size_inches(), dpi=figure.dpi)
+        shown.figimage(plots.pixels(figure))
+    pyplot.show()
+
+
+def _saved(path: Path, figure: Figure) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plots.save(figure, path)
+    except OSError as error:
+        raise StartError(f"cannot write {path}: {error.strerror}", "choose another place with -o") from None
+    return path
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _rows(file: FeatureFile, images: Sequence[str], tell: Callable[[str], None]) -> list[int]:
+    done = [int(row) for row in np.flatnonzero(file.status == 1)]
+    if not images:
+        if not done:
+            raise StartError(f"{file.path} has no finished row", "bbx info says why")
+        if len(done) > DEFAULT_IMAGES:
+            tell(f"drawing the first {DEFAULT_IMAGES} of {len(done)} images; choose with --image KEY")
+        return done[:DEFAULT_IMAGES]
+    rows: list[int] = []
+    for wish in images:
+        found = [row for row, key in enumerate(file.keys) if key == wish or fnmatch.fnmatchcase(key, wish)]
+        if not found and re.fullmatch(r"\d+", wish) and int(wish) < len(file.keys):
+            found = [int(wish)]
+        if not found:
+            close = nearest(wish, file.keys)
+            raise UsageError(f"no image {wish!r} in {file.path}", f"nearest: {', '.join(close)}" if close else "")
+        wanted = set(done)
+        for row in found:
+            if row not in wanted:
+                tell(f"{file.keys[row]} has no features: {file.failed.get(file.keys[row], 'still pending')}")
+        rows += [row for row in found if row in wanted and row not in rows]
+    if not rows:
+        raise StartError("none of the images asked for has features", "bbx info says which failed, and why")
+    return rows
+
+
+def _recorded_roots(file: FeatureFile) -> list[Path]:
+    trusted = [Path.cwd().resolve(), Path(file.path).resolve().parent]
+    recorded = [root for attempt in file.attempts for root in _texts(attempt.get("roots"))]
+    resolved = [Path(root).resolve() for root in recorded if "\0" not in root]
+    return [root for root in resolved if any(root.is_relative_to(folder) for folder in trusted)]
+
+
+def _texts(value: object) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def _picture(file: FeatureFile, row: int, roots: Sequence[Path]) -> NDArray[np.uint8] | None:
+    key = file.keys[row]
+    for root in roots:
+        # With several roots a key starts with its root's name.
+        for folder in (root, root.parent):
+            path = (folder / key).resolve()
+            if path.is_relative_to(root.resolve()) and path.is_file():
+                try:
+                    return read_image(path, file.run.preprocess)
+                except ImageError:
+                    continue  # changed since: the features are still worth drawing
+    return None
+
+
+def _file_name(subject: Subject) -> str:
+    """A file name from a key, which may hold anything: safe characters only, told apart by row where any was lost."""
+    stem = subject.key.rpartition(".")[0] or subject.key
+    safe = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:120].strip("_")
+    return safe if safe == stem else f"{safe or 'image'}-{subject.row}"

@@ -1,0 +1,252 @@
+"""The command line as a user meets it: what is printed where, and every documented exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def toy_command(*words: object) -> list[str]:
+    """The command in a process of its own, with the toy model."""
+    code = "import bbx.providers; bbx.providers.PROVIDERS['toy'] = 'tests.toy'; from bbx.cli import main; main()"
+    return [sys.executable, "-c", code, *map(str, words)]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_extract_prints_the_plan_and_the_summary_as_talk_and_the_file_as_data(bbx_cli, pictures):
+    (pictures / "README.txt").write_text("no image")
+    ran = bbx_cli("extract", "--model", "toy", "--stages", "stem,stage1", pictures)
+    assert (ran.code, ran.out) == (0, "features.h5\n")
+    for words in ("7 (1 other files skipped)", "toy:toy", "4×16×16", "6×8×8", "1.54 KB per image", "free",
+                  "7 done, 0 failed", "decode", "compute", "write", "images/s"):  # fmt: skip
+        assert words in ran.err, words
+
+
+def test_quiet_prints_the_file_only(bbx_cli, pictures):
+    ran = bbx_cli("extract", "-q", "--model", "toy", pictures)
+    assert (ran.out, ran.err) == ("features.h5\n", "")
+
+
+def test_json_is_one_object_with_the_same_facts(bbx_cli, pictures):
+    (pictures / "005.png").write_bytes(b"")
+    ran = bbx_cli("extract", "--json", "--model", "toy", "--stages", "all", "--pool", "avg", "-o", "f.h5", pictures)
+    facts = json.loads(ran.out)
+    assert (ran.code, facts["exit_code"], facts["rows"], facts["done"]) == (4, 4, 7, 6)
+    assert list(facts["failed"]) == ["005.png"]
+    assert [stage["shape"] for stage in facts["run"]["stages"]] == [[4], [6], [8]]
+    assert facts["output"] == "f.h5"
+    assert facts["seconds"].keys() == {"wall", "decode", "compute", "write"}
+
+
+def test_json_tells_an_error_too(bbx_cli, pictures):
+    ran = bbx_cli("extract", "--json", "--model", "tooy", pictures)
+    assert json.loads(ran.out)["exit_code"] == ran.code == 2
+    assert "toy" in ran.err
+
+
+def test_a_dry_run_stops_at_the_plan(bbx_cli, pictures, tmp_path):
+    ran = bbx_cli("extract", "--dry-run", "--json", "--model", "toy", pictures)
+    facts = json.loads(ran.out)
+    assert (ran.code, facts["dry_run"], facts["nbytes"], facts["images"]) == (0, True, 7 * 512, 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_exit_0_when_done_and_again_when_it_was_done_before(bbx_cli, pictures):
+    assert bbx_cli("extract", "--model", "toy", pictures).code == 0
+    again = bbx_cli("extract", "--model", "toy", pictures)
+    assert (again.code, again.out) == (0, "features.h5\n")
+    assert "nothing to do" in again.err
+
+
+def test_exit_1_on_an_internal_error_with_its_trace(bbx_cli, pictures, monkeypatch):
+    monkeypatch.setattr("bbx.runner.find_images", lambda *_, **__: 1 / 0)
+    ran = bbx_cli("extract", "--model", "toy", pictures)
+    assert ran.code == 1
+    assert "ZeroDivisionError" in ran.err
+    assert "Traceback" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["extract", "--model", "swin-tinny", "."], "swin-tiny"),
+        (["extract", "."], "--model"),
+        (["extract", "--model", "toy", "--stages", "stage7", "."], "stem (0), stage1 (1), stage2 (2)"),
+        (["extract", "--model", "toy", "--dtype", "float8", "."], "float16"),
+        (["extract", "--model", "toy", "--size", "big", "."], "224x320"),
+        (["extract", "--model", "toy", "--no-such-option", "."], "--no-such-option"),
+        (["stages", "resnet-5O"], "resnet50"),
+        (["models", "nothing*"], "bbx models"),
+        (["show", "x.h5", "--weights", "random"], "--model"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_exit_2_on_a_wrong_call_with_what_would_be_right(bbx_cli, words, said):
+    ran = bbx_cli(*words)
+    assert ran.code == 2
+    assert said in " ".join(ran.err.replace("│", " ").split())
+    assert ran.out == ""
+
+
+def test_exit_3_when_the_run_cannot_start(bbx_cli, pictures, tmp_path):
+    for words, said in (
+        (["extract", "--model", "toy", "nowhere"], "nowhere"),
+        (["extract", "--model", "toy", pictures, "-o", "no/such/folder.h5"], "mkdir"),
+        (["extract", "--model", "toy", pictures, "--weights", "gone.pth"], "gone.pth"),
+        (["extract", "--model", "toy", pictures, "--device", "cuda:9"], "cuda:9"),
+        (["extract", "--model", "swin-tiny", pictures, "--weights", "missing.safetensors"], "missing.safetensors"),
+        (["info", "gone.h5"], "gone.h5"),
+        (["show", "gone.h5"], "gone.h5"),
+    ):
+        ran = bbx_cli(*words)
+        assert (ran.code, ran.out) == (3, ""), words
+        assert said in ran.err
+        assert "hint:" in ran.err
+    (tmp_path / "empty").mkdir()
+    assert bbx_cli("extract", "--model", "toy", "empty").code == 3
+
+
+def test_exit_3_for_another_runs_file_naming_the_field(bbx_cli, pictures):
+    bbx_cli("extract", "--model", "toy", pictures)
+    ran = bbx_cli("extract", "--model", "toy", "--dtype", "float16", pictures)
+    assert ran.code == 3
+    assert all(word in ran.err for word in ("dtype", "float16", "float32", "--mode overwrite"))
+
+
+def test_exit_4_when_some_rows_failed_and_5_when_all_did(bbx_cli, pictures, tmp_path):
+    (pictures / "000.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    ran = bbx_cli("extract", "--model", "toy", pictures)
+    assert ran.code == 4
+    assert "failed: 000.png: " in ran.err
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"")
+    assert bbx_cli("extract", "--model", "toy", "bad", "-o", "bad.h5").code == 5
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_exit_130_and_143_when_interrupted_and_the_same_command_continues(tmp_path, picture, signum, code):
+    for number in range(400):
+        picture(tmp_path / "in" / f"{number:03}.png", number)
+    words = toy_command("extract", "--model", "toy", "--batch-size", "1", "--workers", "1", "in")
+    with subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as running:
+        while not (tmp_path / "features.h5.partial").exists() and running.poll() is None:
+            time.sleep(0.001)
+        running.send_signal(signum)
+        _, err = running.communicate(timeout=60)
+    assert running.returncode == code, err
+    assert "the same command continues it" in err
+    again = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert "resume" in again.stderr
+    assert (tmp_path / "features.h5").exists()
+
+
+def test_lists_and_stdin_name_images_for_batch_jobs(bbx_cli, pictures, tmp_path):
+    paths = [str(path) for path in sorted(pictures.iterdir())[:3]]
+    (tmp_path / "list.txt").write_text("\n".join([*paths, str(pictures / "gone.png")]))
+    ran = bbx_cli("extract", "--json", "--model", "toy", "@list.txt", "-o", "a.h5")
+    assert (ran.code, json.loads(ran.out)["rows"], list(json.loads(ran.out)["failed"])) == (4, 4, ["gone.png"])
+    ran = bbx_cli("extract", "--json", "--model", "toy", "-", "-o", "b.h5", stdin="\n".join(paths).encode())
+    assert json.loads(ran.out)["done"] == 3
+
+
+def test_a_pipe_gets_lines_of_progress_not_a_bar(bbx_cli, pictures, monkeypatch):
+    monkeypatch.setattr("bbx.console.LINE_EVERY", 0)
+    ran = bbx_cli("extract", "--model", "toy", "--batch-size", "3", pictures)
+    assert "3/7 images" in ran.err
+    assert "7/7 images" in ran.err
+    assert "\x1b" not in ran.err
+
+
+def test_stages_tells_all_there_is_to_know_without_weights(bbx_cli):
+    ran = bbx_cli("stages", "swin-tiny")
+    assert ran.code == 0
+    for words in (
+        "torchvision:swin_t",
+        "stage2",
+        "features.3",
+        "192",
+        "28×28",
+        "602 KB",
+        "1,195,842",
+        "resize 232 (bicubic)",
+    ):
+        assert words in ran.out, words
+    facts = json.loads(bbx_cli("stages", "swin-tiny", "--json").out)
+    assert [stage["shape"] for stage in facts["stages"][:3]] == [[96, 56, 56], [96, 56, 56], [192, 28, 28]]
+    assert [stage["index"] for stage in facts["stages"]] == [0, 1, 2, 3, 4]
+    assert facts["preprocess"]["size"] == [224, 224]
+
+
+def test_stages_follows_the_size_and_the_weights(bbx_cli):
+    sized = json.loads(bbx_cli("stages", "resnet18", "--size", "96x128", "--json").out)
+    assert sized["stages"][1]["shape"] == [64, 24, 32]
+    swag = json.loads(bbx_cli("stages", "vit_b_16", "--weights", "IMAGENET1K_SWAG_E2E_V1", "--json").out)
+    assert swag["preprocess"]["size"] == [384, 384]
+
+
+def test_models_lists_by_pattern(bbx_cli):
+    names = [model["name"] for model in json.loads(bbx_cli("models", "swin*", "--json").out)]
+    assert sorted(names) == ["swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s", "swin_v2_t"]
+    ran = bbx_cli("models", "swin-tiny")
+    assert all(word in ran.out for word in ("swin_t", "swin-tiny", "torchvision", "28,288,354", "IMAGENET1K_V1"))
+
+
+def test_info_prints_the_file_without_torch(bbx_cli, pictures, tmp_path):
+    (pictures / "001.png").write_bytes(b"")
+    bbx_cli("extract", "--model", "toy", "--stages", "all", pictures)
+    ran = bbx_cli("info", "features.h5")
+    assert ran.code == 0
+    for words in ("7: 6 done, 1 failed, 0 pending", "toy:toy", "stage2", "7×8×4×4", "001.png", "float32"):
+        assert words in ran.out, words
+    facts = json.loads(bbx_cli("info", "features.h5", "--json").out)
+    assert (facts["rows"], facts["done"], list(facts["failed"])) == (7, 6, ["001.png"])
+    code = "import sys; sys.argv[1:] = ['info', 'features.h5']\ntry:\n    from bbx.cli import main; main()\n" \
+           "finally:\n    assert 'torch' not in sys.modules"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+def test_names_from_outside_cannot_paint_the_terminal(bbx_cli, tmp_path, picture):
+    picture(tmp_path / "in" / "ok.png")
+    (tmp_path / "in" / "[red]x\x1b[2J\n.png").write_bytes(b"")
+    ran = bbx_cli("extract", "--model", "toy", "in")
+    assert "\x1b" not in ran.err
+    assert "[red]x\\x1b[2J\\n.png" in ran.err
+    assert "\x1b" not in bbx_cli("info", "features.h5").out
+
+
+def test_float16_overflow_is_reported(bbx_cli, pictures):
+    ran = bbx_cli("extract", "--model", "toy-loud", "--dtype", "float16", pictures)
+    assert "stage2: 896 values are beyond float16" in ran.err
+
+
+def test_version_and_help(bbx_cli):
+    assert bbx_cli("--version").out.startswith("bbx 0.")
+    help_text = bbx_cli("extract", "--help").out
+    assert "130/143" in " ".join(help_text.split())
+    assert bbx_cli("--help").code == 0
+
+
+def test_completion_installs(tmp_path):
+    script = tmp_path / "bbx"
+    script.write_text(f"#!{sys.executable}\nfrom bbx.cli import main\nmain()\n")
+    script.chmod(0o755)
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "SHELL": "/bin/bash",
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
+    ran = subprocess.run(
+        [script, "--install-completion", "bash"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert list(tmp_path.rglob("*bbx*.sh"))
