@@ -255,11 +255,13 @@ def _signals() -> Iterator[Callable[[], int | None]]:
         return seen[0] if seen else None
 
     def handle(signum: int, _frame: FrameType | None) -> None:
-        if seen or not asked:
+        # Noted first: Python swallows an exception that is raised while a finaliser runs.
+        at_once = bool(seen) or not asked
+        seen.append(signum)
+        if at_once:
             raise InterruptedRunError(
                 f"stopped by {signal.Signals(signum).name}", "the same command continues it", signum=signum
             )
-        seen.append(signum)
 
     before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -61,7 +61,7 @@ def plan(what: Plan, *, verbose: bool = False) -> None:
 
     run, images = what.run, what.images
     grid = Table.grid(padding=(0, 2))
-    skipped = f" ({images.skipped:,} other files skipped)" if images.skipped else ""
+    skipped = f" (skipped: {images.skipped:,} that are no images)" if images.skipped else ""
     grid.add_row("images", plain(f"{len(images):,}{skipped} from {', '.join(images.roots[:4])}"))
     grid.add_row("model", plain(f"{run.model}, weights {run.weights}"))
     grid.add_row("input", plain(run.preprocess.describe()))

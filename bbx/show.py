@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,8 +132,12 @@ def save(figures: Iterable[tuple[Subject, str, Figure]], output: str | None, *, 
     if single and target.suffix not in (".png", ".svg"):
         raise UsageError(f"cannot draw into {target.name}", "a name ending in .png, .pdf or .svg, or a folder")
     waiting: tuple[Path, Figure] | None = None
+    rows: dict[str, int] = {}
     for number, (subject, what, figure) in enumerate(figures):
-        name = f"{_file_name(subject)}.{what}"
+        name = _file_name(subject)
+        if rows.setdefault(name, subject.row) != subject.row:
+            name = f"{name}-{subject.row}"  # cat.jpg and cat.png
+        name = f"{name}.{what}"
         path = target.with_name(f"{target.stem}.{name}{target.suffix}") if single else target / f"{name}.png"
         if single and number == 0:
             waiting = (path, figure)  # the plain name, if it stays the only one
@@ -225,6 +229,6 @@ def _picture(file: FeatureFile, row: int, roots: Sequence[Path]) -> NDArray[np.u
 
 def _file_name(subject: Subject) -> str:
     """A file name from a key, which may hold anything: safe characters only, told apart by row where any was lost."""
-    stem = subject.key.rpartition(".")[0] or subject.key
+    stem = subject.key.removesuffix(PurePosixPath(subject.key).suffix)
     safe = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:120].strip("_")
     return safe if safe == stem else f"{safe or 'image'}-{subject.row}"

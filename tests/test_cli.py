@@ -26,7 +26,7 @@ def test_extract_prints_the_plan_and_the_summary_as_talk_and_the_file_as_data(bb
     (pictures / "README.txt").write_text("no image")
     ran = bbx_cli("extract", "--model", "toy", "--stages", "stem,stage1", pictures)
     assert (ran.code, ran.out) == (0, "features.h5\n")
-    for words in ("7 (1 other files skipped)", "toy:toy", "4×16×16", "6×8×8", "1.54 KB per image", "free",
+    for words in ("7 (skipped: 1 that are no images)", "toy:toy", "4×16×16", "6×8×8", "1.54 KB per image", "free",
                   "7 done, 0 failed", "decode", "compute", "write", "images/s"):  # fmt: skip
         assert words in ran.err, words
 
