@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bbx.runner import extract
     from bbx.spec import ModelRef, Preprocess, RunSpec, Stage
     from bbx.store import FeatureFile
-    from bbx.store import FeatureFile as open
+    from bbx.store import FeatureFile as open  # noqa: F401  (for type checkers; not in __all__, see there)
 
 _HOME = {
     "Backbone": "bbx.backbone",
@@ -33,6 +33,7 @@ _HOME = {
     "open": "bbx.store",
 }
 
+# Without `open`: a star import must not replace the built-in one.
 __all__ = [
     "Backbone",
     "BbxError",
@@ -46,7 +47,6 @@ __all__ = [
     "extract",
     "list_models",
     "load_backbone",
-    "open",
 ]
 
 __version__: str
@@ -61,4 +61,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *_HOME, *__all__})

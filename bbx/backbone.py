@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bbx.errors import ContractError, UsageError, nearest
+from bbx.errors import ContractError, UsageError, WeightsError, nearest
 from bbx.spec import ModelRef, Precision, Preprocess, Stage, select_stages, storable_name
 
 Layout = Literal["nchw", "nhwc", "tokens", "as is"]
@@ -50,8 +50,9 @@ class Backbone:
     """`backbone(pixels)` maps `(b, 3, h, w)`, preprocessed, to `{stage name: (b, c, fh, fw)}`, channels first.
 
     `taps` are all stages in network order, `wanted` the ones that a call computes (`select` changes them).
-    `weights` says where the weights come from, `weights_digest` is the SHA-256 of their values, `notes` is what a
-    user should know about both. In evaluation mode; gradients flow unless the caller forbids them.
+    `weights` says where the weights come from, `weights_digest` is the SHA-256 of their values, `untrained` names the
+    modules of the classifier that they lack, `notes` is what a user should know. In evaluation mode; gradients flow
+    unless the caller forbids them.
     """
 
     ref: ModelRef
@@ -60,6 +61,7 @@ class Backbone:
     preprocess: Preprocess
     weights: str
     weights_digest: str
+    untrained: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     wanted: tuple[Tap, ...] = ()
     forward: Forward | None = None
@@ -84,9 +86,24 @@ class Backbone:
         free, notes = _free_taps(self.network, [path for path in paths if path], self._pixels(self.preprocess.size))
         names = select_stages(self.stage_names, stages) if stages is not None or not free else ()
         wanted = [tap for tap in self.taps if tap.name in names]
-        taken = set(names)
-        wanted += [tap for tap in free if tap.name not in taken]
-        return replace(self, wanted=tuple(wanted), notes=(*self.notes, *notes))
+        for tap in free:
+            self._check_trained(tap)
+            stage = next((stage for stage in self.taps if stage.name == tap.name), None)
+            if stage and stage.module != tap.module:  # ShuffleNet has a module `stage2` that is no stage2
+                tap = replace(tap, name=f"{tap.name}.out")
+            if stage not in wanted or tap.module != (stage and stage.module):
+                wanted.append(tap)
+        if self.untrained:
+            notes.append(f"the weights ({self.weights}) lack {', '.join(self.untrained)}, which no stage uses")
+        return replace(self, wanted=tuple(wanted), notes=tuple(notes))
+
+    def _check_trained(self, tap: Tap) -> None:
+        for module in self.untrained:
+            if f"{tap.module}.".startswith(f"{module}.") or f"{module}.".startswith(f"{tap.module}."):
+                raise WeightsError(
+                    f"--layers {tap.module} needs {module}, which the weights ({self.weights}) lack",
+                    "give weights with this very classifier, or ask for a layer before it",
+                )
 
     def to(self, device: str | torch.device, *, precision: Precision = "float32") -> Backbone:
         """The backbone on `device`, computing in `precision`; outputs keep the precision they were computed in.
@@ -147,6 +164,8 @@ class Backbone:
         taps, stages = [], []
         for name, output in first.items():  # a dict in firing order
             tap = _settled(next(tap for tap in wanted if tap.name == name), output, second[name])
+            if tap.free and output.ndim == 4 and output.shape == second[name].shape:
+                tap = self._settled_by_grids(tap, output)
             pairs = ((output, size), (second[name], other))
             shapes = [tuple(channels_first(raw, tap, self._pixels(at)).shape[1:]) for raw, at in pairs]
             stride = _stride(shapes, size[0], other[0])
@@ -155,6 +174,22 @@ class Backbone:
         if missing := [tap for tap in wanted if tap.name not in first]:
             raise ContractError(f"stage {missing[0].name} of {self.ref}: module {missing[0].module} never ran")
         return tuple(taps), tuple(stages)
+
+    def _settled_by_grids(self, tap: Tap, output: Tensor) -> Tap:
+        """For a network of one size, whose axes do not move: a map is what has the grid of one of its stages."""
+        pixels = self._pixels(self.preprocess.size)
+        maps = [
+            channels_first(raw, self.taps[i], pixels) for i, raw in enumerate(self._run(pixels, self.taps).values())
+        ]
+        grids = {tuple(one.shape[-2:]) for one in maps}
+        if tuple(output.shape[2:]) in grids:
+            return tap
+        if tuple(output.shape[1:3]) in grids:
+            return replace(tap, layout="nhwc")
+        raise UsageError(
+            f"{tap.module} gives {tuple(output.shape[1:])}, and it cannot be seen which axes are height and width",
+            "ask for the module that contains it",
+        )
 
 
 class _Stop(Exception):

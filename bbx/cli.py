@@ -102,7 +102,7 @@ def extract(
 
     with _signals() as stop, nullcontext() if quiet else console.progress() as progress:
         summary = runner.extract(
-            images, model=_required(model), stdin=sys.stdin.buffer, dry_run=dry_run, on_plan=on_plan,
+            images, model=_required(model), dry_run=dry_run, on_plan=on_plan,
             progress=progress, stop=stop, **options,
         )  # fmt: skip
     if not quiet and not dry_run:
@@ -219,8 +219,21 @@ def main() -> None:
         app()
     except BbxError as problem:
         _fail(problem)
+    except _Signalled as stopped:
+        name = signal.Signals(stopped.signum).name
+        _fail(
+            InterruptedRunError(f"stopped by {name}", "the same command starts or continues it", signum=stopped.signum)
+        )
     except Exception as problem:
         _fail(_internal(problem))
+
+
+class _Signalled(BaseException):
+    """A signal's way out to `main`: no exception, so that nothing between takes it for a bad image or file."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
 
 
 def _fail(problem: BbxError) -> NoReturn:
@@ -259,9 +272,7 @@ def _signals() -> Iterator[Callable[[], int | None]]:
         at_once = bool(seen) or not asked
         seen.append(signum)
         if at_once:
-            raise InterruptedRunError(
-                f"stopped by {signal.Signals(signum).name}", "the same command continues it", signum=signum
-            )
+            raise _Signalled(signum)
 
     before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -294,4 +305,4 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, ensure_ascii=False))
+    typer.echo(json.dumps(data))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -106,16 +107,20 @@ def progress() -> Iterator[Callable[[Summary], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[failed]}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, rate=0.0, failed="")
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task("", total=None, rate=0.0, failed="")
 
-        def update(summary: Summary) -> None:
-            failed = f"{len(summary.failed):,} failed" if summary.failed else ""
-            seen = summary.done + len(summary.failed)
-            rate = summary.images_per_second
-            bar.update(task, total=summary.rows, completed=seen, rate=rate, failed=failed)
+    def update(summary: Summary) -> None:
+        bar.start()  # not before the first batch: the plan is printed until then
+        failed = f"{summary.failed:,} failed" if summary.failed else ""
+        seen = summary.done + summary.failed
+        rate = summary.images_per_second
+        bar.update(task, total=summary.rows, completed=seen, rate=rate, failed=failed)
 
+    try:
         yield update
+    finally:
+        bar.stop()
 
 
 def _line_writer(console: Console) -> Callable[[Summary], None]:
@@ -126,10 +131,10 @@ def _line_writer(console: Console) -> Callable[[Summary], None]:
         if time.monotonic() - last < LINE_EVERY:
             return
         last = time.monotonic()
-        seen = summary.done + len(summary.failed)
+        seen = summary.done + summary.failed
         rate = summary.images_per_second
         left = time.strftime("%H:%M:%S", time.gmtime((summary.rows - seen) / rate)) if rate else "?"
-        text = f"{seen:,}/{summary.rows:,} images, {rate:.1f} images/s, {left} to go, {len(summary.failed):,} failed"
+        text = f"{seen:,}/{summary.rows:,} images, {rate:.1f} images/s, {left} to go, {summary.failed:,} failed"
         console.print(plain(text))
 
     return write
@@ -139,7 +144,7 @@ def summary(result: Summary) -> None:
     """What came of it, on stderr."""
     console = _console(stderr=True)
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("rows", plain(f"{result.rows:,}: {result.done:,} done, {len(result.failed):,} failed"))
+    grid.add_row("rows", plain(f"{result.rows:,}: {result.done:,} done, {result.failed:,} failed"))
     if result.extracted:
         grid.add_row(
             "speed", plain(f"{result.images_per_second:.1f} images/s, {result.extracted:,} in {result.wall:.1f} s")
@@ -151,10 +156,7 @@ def summary(result: Summary) -> None:
     for stage, count in result.overflow.items():
         grid.add_row("overflow", plain(f"{stage}: {count:,} values are beyond float16 and stored as infinity"))
     console.print(grid)
-    for key, reason in list(result.failed.items())[:_FAILURES_SHOWN]:
-        console.print(Text("failed: ", "yellow") + plain(f"{key}: {reason}"), soft_wrap=True)
-    if len(result.failed) > _FAILURES_SHOWN:
-        console.print(plain(f"… and {len(result.failed) - _FAILURES_SHOWN:,} more: bbx info {result.output}"))
+    _failures(console, result.failures, result.failed, f"bbx info --json {result.output} lists all")
 
 
 def stages(title: str, found: Sequence[Stage], parameters: Mapping[str, int], preprocess: Preprocess) -> None:
@@ -211,8 +213,14 @@ def info(file: FeatureFile) -> None:
         cells = (stage.name, shape_text((len(file), *stage.shape)), f"{stage.stride:g}", stage.module)
         table.add_row(*(plain(cell) for cell in cells))
     console.print(table)
-    for key, reason in file.failed.items():
+    _failures(console, file.failed, counts.failed, "bbx info --json lists all")
+
+
+def _failures(console: Console, reasons: Mapping[str, str], count: int, more: str) -> None:
+    for key, reason in islice(reasons.items(), _FAILURES_SHOWN):
         console.print(Text("failed: ", "yellow") + plain(f"{key}: {reason}"), soft_wrap=True)
+    if count > _FAILURES_SHOWN:
+        console.print(plain(f"… and {count - _FAILURES_SHOWN:,} more: {more}"), soft_wrap=True)
 
 
 def shape_text(shape: Sequence[int]) -> str:

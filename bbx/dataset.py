@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,7 +17,7 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
     """The finished rows of a feature file: item i is `{stage: (c, h, w)}`, read when it is asked for.
 
     `stages` as in `select_stages`, default all. Failed and pending rows are left out; `keys[i]` names item i's image.
-    Holds no open file until a process first reads, so DataLoader workers may be forked or spawned.
+    Each process opens the file for itself when it first reads, so DataLoader workers may be forked or spawned.
     """
 
     def __init__(
@@ -26,7 +25,7 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.file = FeatureFile(path, partial=partial)
         self.stages = select_stages(list(self.file.stages), stages)
-        self.rows = np.flatnonzero(self.file.status == 1)
+        self.rows = self.file.done
 
     @property
     def keys(self) -> list[str]:

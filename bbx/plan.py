@@ -17,7 +17,7 @@ from bbx.backbone import Backbone
 from bbx.errors import EXIT_ALL_FAILED, EXIT_SOME_FAILED, StartError, UsageError
 from bbx.images import ImageList
 from bbx.spec import RunSpec
-from bbx.store import Target, size_text
+from bbx.store import Target, check_room
 
 
 @dataclass(frozen=True)
@@ -41,31 +41,38 @@ class Plan:
 
     def check_disk(self) -> None:
         """Raises `StartError` when the disk cannot hold the features."""
-        if self.needed_nbytes > self.free_nbytes:
-            raise StartError(
-                f"the features need {size_text(self.needed_nbytes)}, but the disk of {self.output} has "
-                f"{size_text(self.free_nbytes)} free",
-                "choose another disk with -o, fewer --stages, --dtype float16 (half), or --pool avg (vectors)",
-            )
+        check_room(self.target.path, self.needed_nbytes)
+
+
+# A run of a million bad images must not keep a million reasons in memory.
+FAILURES_KEPT = 1000
 
 
 @dataclass
 class Summary:
     """What a run came to. Times in seconds; decode, compute and write overlap, so they add up to more than `wall`.
 
-    `failed` holds every failed row's key and reason, `overflow` the values per stage that float16 could not hold.
+    `failed` counts the failed rows, `failures` holds key and reason of the first of them (the file holds all),
+    `overflow` counts the values per stage that float16 could not hold.
     """
 
     output: Path
     rows: int
     done: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
     extracted: int = 0
     overflow: dict[str, int] = field(default_factory=dict)
     wall: float = 0.0
     decode: float = 0.0
     compute: float = 0.0
     write: float = 0.0
+
+    def add_failure(self, key: str, reason: str) -> None:
+        """Counts a failed row."""
+        self.failed += 1
+        if len(self.failures) < FAILURES_KEPT:
+            self.failures[key] = reason
 
     @property
     def images_per_second(self) -> float:
@@ -101,11 +108,8 @@ def cores() -> int:
 
 
 def free_nbytes(output: Path) -> int:
-    """Free bytes on the disk of `output`. Raises `StartError` where its folder does not exist."""
-    folder = output.absolute().parent
-    if not folder.is_dir():
-        raise StartError(f"the output's folder {folder} does not exist", f"mkdir -p {shlex.quote(str(folder))}")
-    return shutil.disk_usage(folder).free
+    """Free bytes on the disk where `output`, or what it is a link to, will lie."""
+    return shutil.disk_usage(output.resolve().parent).free
 
 
 def attempt(plan: Plan) -> dict[str, object]:

@@ -25,7 +25,7 @@ from bbx.backbone import Backbone, normalise
 from bbx.errors import ImageError, InterruptedRunError, UsageError
 from bbx.images import find_images, read_image
 from bbx.plan import Plan, Summary, attempt, cores, find_device, free_nbytes
-from bbx.providers import load_backbone
+from bbx.providers import load_backbone, resolve
 from bbx.spec import Dtype, ExifMode, Mode, OnError, Pool, Precision, ResizeMode, RunSpec, Stage, one_of
 from bbx.store import FeatureFile, FeatureWriter, Target, check_target
 
@@ -86,24 +86,16 @@ def extract(
     returns a signal number to stop at. `progress` is called after each batch.
 
     Raises `UsageError`, `StartError` and its kin (weights, input, disk, another run's file), `WriteError`,
-    `InterruptedRunError`, and with `on_error="fail"` `ImageError`. A failed row is no error: see `Summary.failed`.
+    `InterruptedRunError`, and with `on_error="fail"` `ImageError`. A failed row is no error: see `Summary.failures`.
     """
+    _check_words(dtype, precision, pool, mode, on_error, exif, resize_mode or "crop")
     if any(count is not None and count < 1 for count in (batch_size, workers)):
         raise UsageError("--batch-size and --workers are at least 1", "leave them out for the defaults")
-    for option, value, words in (
-        ("dtype", dtype, Dtype),
-        ("precision", precision, Precision),
-        ("pool", pool, Pool),
-        ("mode", mode, Mode),
-        ("on-error", on_error, OnError),
-        ("exif", exif, ExifMode),
-        ("resize-mode", resize_mode or "crop", ResizeMode),
-    ):
-        one_of(f"--{option}", value, words)
     where = find_device(device)
     inputs = [images] if isinstance(images, (str, os.PathLike)) else images
-    backbone = load_backbone(model, weights=weights, seed=seed, stages=stages, layers=layers, size=size)
-    found = find_images(inputs, stdin=stdin)
+    ref = resolve(model, weights=weights)
+    found = find_images(inputs, stdin=stdin)  # before the weights, which may be a download
+    backbone = load_backbone(ref, seed=seed, stages=stages, layers=layers, size=size)
     backbone = override(backbone, resize_mode, exif).to(where, precision=precision)
     run = RunSpec(
         model=str(backbone.ref),
@@ -123,12 +115,30 @@ def extract(
     if on_plan:
         on_plan(plan)
     plan.check_disk()
-    summary = Summary(path, len(found), done=target.done, failed=_failed_before(target))
+    summary = Summary(path, len(found), done=target.done)
+    for key, reason in _failed_before(target).items():
+        summary.add_failure(key, reason)
     if dry_run or target.state == "complete":
         return summary
     with FeatureWriter.open(path, run, found.keys, attempt=attempt(plan), mode=mode) as writer:
-        _loop(plan, writer, writer.pending, summary, on_error=on_error, progress=progress, stop=stop)
+        fresh = mode in ("new", "overwrite")
+        _loop(plan, writer, writer.pending, summary, on_error=on_error, progress=progress, stop=stop, fresh=fresh)
     return summary
+
+
+def _check_words(*values: str) -> None:
+    """Raises `UsageError` unless each value is one of its option's words."""
+    options = (
+        ("dtype", Dtype),
+        ("precision", Precision),
+        ("pool", Pool),
+        ("mode", Mode),
+        ("on-error", OnError),
+        ("exif", ExifMode),
+        ("resize-mode", ResizeMode),
+    )
+    for (option, words), value in zip(options, values, strict=True):
+        one_of(f"--{option}", value, words)
 
 
 def features(backbone: Backbone, path: str | os.PathLike[str]) -> tuple[NDArray[np.uint8], dict[str, NDArray[Any]]]:
@@ -164,6 +174,7 @@ def _loop(
     on_error: OnError,
     progress: Progress | None,
     stop: Callable[[], int | None] | None,
+    fresh: bool,
 ) -> None:
     started = time.perf_counter()
     writes: deque[Future[int]] = deque()
@@ -188,7 +199,8 @@ def _loop(
                     key = plan.images.keys[bad[0][0]]
                     raise ImageError(f"{key}: {bad[0][1]}", "leave --on-error fail out to record it and go on")
                 maps = _compute(plan, pixels, summary) if len(good) else {}
-                summary.failed.update((plan.images.keys[row], reason) for row, reason in bad)
+                for row, reason in bad:
+                    summary.add_failure(plan.images.keys[row], reason)
                 writes.append(writer.submit(_write, sink, good, maps, bad, summary))
                 while len(writes) > _BEHIND:
                     report(writes.popleft())
@@ -196,7 +208,9 @@ def _loop(
                 if left and (signum := stop and stop()):
                     raise InterruptedRunError(
                         f"stopped by signal {signum}; every finished image is in {plan.output}.partial",
-                        "the same command continues it",
+                        "the same command continues it"
+                        if not fresh
+                        else "the same command with --mode resume continues it",
                         signum=signum,
                     )
         finally:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx import plots
-from bbx.errors import ImageError, StartError, UsageError, nearest
+from bbx.errors import ImageError, StartError, UsageError
 from bbx.images import read_image
 from bbx.spec import ExifMode, ResizeMode, Scale, select_stages
 from bbx.store import FeatureFile, open_finished_or_partial
@@ -124,12 +124,14 @@ def save(figures: Iterable[tuple[Subject, str, Figure]], output: str | None, *, 
     `.svg` name, into which image and stage are put when there is more than one figure.
     """
     target = Path(output) if output else Path(f"{Path(source).stem}_grids")
-    if target.suffix == ".pdf":
-        plots.save_pages([figure for _, _, figure in figures], target)
+    kind = target.suffix.lower()
+    if kind == ".pdf":
+        _make_folder(target.parent)
+        plots.save_pages((figure for _, _, figure in figures), target)
         yield target
         return
     single = target.suffix != "" and not target.is_dir()
-    if single and target.suffix not in (".png", ".svg"):
+    if single and kind not in (".png", ".svg"):
         raise UsageError(f"cannot draw into {target.name}", "a name ending in .png, .pdf or .svg, or a folder")
     waiting: tuple[Path, Figure] | None = None
     rows: dict[str, int] = {}
@@ -164,12 +166,16 @@ def open_windows(figures: Iterable[tuple[Subject, str, Figure]]) -> None:
 
 
 def _saved(path: Path, figure: Figure) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plots.save(figure, path)
-    except OSError as error:
-        raise StartError(f"cannot write {path}: {error.strerror}", "choose another place with -o") from None
+    _make_folder(path.parent)
+    plots.save(figure, path)
     return path
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"cannot make {folder}: {error.strerror}", "choose another place with -o") from None
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -177,29 +183,30 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _rows(file: FeatureFile, images: Sequence[str], tell: Callable[[str], None]) -> list[int]:
-    done = [int(row) for row in np.flatnonzero(file.status == 1)]
+    done = [int(row) for row in file.done]
     if not images:
         if not done:
             raise StartError(f"{file.path} has no finished row", "bbx info says why")
         if len(done) > DEFAULT_IMAGES:
             tell(f"drawing the first {DEFAULT_IMAGES} of {len(done)} images; choose with --image KEY")
         return done[:DEFAULT_IMAGES]
-    rows: list[int] = []
+    rows: dict[int, None] = {}
+    finished, without = set(done), 0
     for wish in images:
         found = [row for row, key in enumerate(file.keys) if key == wish or fnmatch.fnmatchcase(key, wish)]
-        if not found and re.fullmatch(r"\d+", wish) and int(wish) < len(file.keys):
-            found = [int(wish)]
         if not found:
-            close = nearest(wish, file.keys)
-            raise UsageError(f"no image {wish!r} in {file.path}", f"nearest: {', '.join(close)}" if close else "")
-        wanted = set(done)
-        for row in found:
-            if row not in wanted:
-                tell(f"{file.keys[row]} has no features: {file.failed.get(file.keys[row], 'still pending')}")
-        rows += [row for row in found if row in wanted and row not in rows]
+            found = [int(wish) if re.fullmatch(r"\d+", wish) and int(wish) < len(file) else file.index(wish)]
+        rows.update(dict.fromkeys(row for row in found if row in finished))
+        gone = [row for row in found if row not in finished]
+        without += len(gone)
+        if len(gone) == 1:
+            reason = file.failed.get(file.keys[gone[0]], "still pending")
+            tell(f"{file.keys[gone[0]]} has no features: {reason}")
+    if without > 1:
+        tell(f"{without} of the images asked for have no features: bbx info says why")
     if not rows:
         raise StartError("none of the images asked for has features", "bbx info says which failed, and why")
-    return rows
+    return list(rows)
 
 
 def _recorded_roots(file: FeatureFile) -> list[Path]:
@@ -218,12 +225,12 @@ def _picture(file: FeatureFile, row: int, roots: Sequence[Path]) -> NDArray[np.u
     for root in roots:
         # With several roots a key starts with its root's name.
         for folder in (root, root.parent):
-            path = (folder / key).resolve()
-            if path.is_relative_to(root.resolve()) and path.is_file():
-                try:
+            try:
+                path = (folder / key).resolve()
+                if path.is_relative_to(root.resolve()) and path.is_file():
                     return read_image(path, file.run.preprocess)
-                except ImageError:
-                    continue  # changed since: the features are still worth drawing
+            except (OSError, ValueError, ImageError):
+                continue  # no such name, or changed since: the features are still worth drawing
     return None
 
 

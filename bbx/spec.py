@@ -24,6 +24,8 @@ Mode = Literal["auto", "new", "resume", "overwrite"]
 OnError = Literal["skip", "fail"]
 Scale = Literal["shared", "channel"]
 
+# An input of 8192 × 8192: beyond it lie typing errors and hostile files.
+_MOST_PIXELS = 1 << 26
 _STAGE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _TAKEN_NAMES = frozenset({"image", "path", "status", "checksum", "provenance", "plot", ".", ".."})
 
@@ -178,8 +180,8 @@ class Preprocess:
         """A copy with the user's wishes; a new `size` keeps the weights' own ratio of resize to crop."""
         changed = self
         if size is not None and size != self.size:
-            if min(size) < 1:
-                raise UsageError(f"size {size[0]}x{size[1]} is empty", "give pixels, such as --size 224")
+            if min(size) < 1 or math.prod(size) > _MOST_PIXELS:
+                raise UsageError(f"size {size[0]}x{size[1]} is out of range", "give pixels, such as --size 224")
             ratio = self.resize / min(self.size)
             changed = replace(changed, size=size, resize=round(min(size) * ratio))
         return replace(changed, mode=mode or self.mode, exif=exif or self.exif)
@@ -253,6 +255,10 @@ class RunSpec:
         for name, allowed in (("dtype", Dtype), ("pool", Pool), ("precision", Precision)):
             if getattr(run, name) not in get_args(allowed):
                 raise FileError(f"the run description has an unknown {name}: {getattr(run, name)!r}")
+        if preprocess.mode not in get_args(ResizeMode) or preprocess.exif not in get_args(ExifMode):
+            raise FileError(f"the run description has an unknown preprocessing: {preprocess.mode}, {preprocess.exif}")
+        if not (min(*preprocess.size, preprocess.resize) > 0 and math.prod(preprocess.size) <= _MOST_PIXELS):
+            raise FileError(f"the run description has an impossible input size: {preprocess.size}")
         return run
 
 

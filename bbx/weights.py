@@ -85,7 +85,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def load_into(network: nn.Module, state: Mapping[str, Tensor], *, head: Iterable[str], source: str) -> tuple[str, ...]:
     """Loads `state` into `network`; only keys of the classifier `head` (name prefixes) may miss or differ in shape.
 
-    Returns notes on what was left out. Raises `WeightsError` listing missing, unexpected and misshapen keys.
+    Returns the modules where some did, which keep random values. Raises `WeightsError` listing the keys that do not
+    fit: missing, unexpected, of another shape.
     """
     own = network.state_dict()
     state = _unprefixed(state, own)
@@ -102,16 +103,18 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, head: Iterable
         raise WeightsError(f"{source} does not fit the model: {text}", "is it a checkpoint of this very model?")
     fitting = {name: value for name, value in state.items() if name in own and name not in misshapen}
     network.load_state_dict(fitting, strict=False)
-    left = sorted({name for name in [*missing, *misshapen] if name.startswith(heads)})
-    return (f"{source} has no matching classifier ({_some(left)}); stages do not use it",) if left else ()
+    left = [*missing, *misshapen]
+    return tuple(prefix.rstrip(".") for prefix in heads if any(name.startswith(prefix) for name in left))
 
 
-def digest(network: nn.Module, *, head: Iterable[str]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and values of the state dict, the classifier `head` aside."""
-    total = hashlib.sha256()
-    heads = tuple(head)
+def digest(network: nn.Module, *, options: str = "") -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and values of the state dict, and `options` that change the forward.
+
+    The classifier counts too: a layer of it can be asked for by path.
+    """
+    total = hashlib.sha256(options.encode())
     for name, value in sorted(network.state_dict().items()):
-        if name.startswith(heads) or name.endswith("num_batches_tracked"):
+        if name.endswith("num_batches_tracked"):
             continue
         total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -96,6 +96,26 @@ def test_channels_last_layers_are_found_by_measuring_and_turned():
     }
 
 
+def test_a_layer_with_the_name_of_another_stage_keeps_apart():
+    # ShuffleNet's attribute `stage2` is its stage1.
+    backbone = load_backbone("shufflenet_v2_x0_5", weights="random", stages="stage2", layers="stage2,stage3")
+    assert {stage.name: (stage.module, stage.index) for stage in backbone.stages} == {
+        "stage2.out": ("stage2", None),
+        "stage2": ("stage3", 2),
+        "stage3.out": ("stage3", None),
+    }
+
+
+def test_layers_of_a_network_of_one_size_are_maps_only_where_a_stages_grid_says_so():
+    backbone = load_backbone("maxvit_t", weights="random", layers="blocks.0.layers.0,stem.0")
+    assert [stage.shape for stage in backbone.stages] == [(64, 112, 112), (64, 56, 56)]
+    window = load_backbone(
+        "maxvit_t", weights="random", layers="blocks.0.layers.0.layers.window_attention.attn_layer.0"
+    )
+    with pytest.raises(UsageError, match="which axes"):
+        assert window.stages
+
+
 def test_token_layers_stay_tokens():
     backbone = load_backbone("vit_b_32", weights="random", layers="encoder.layers.encoder_layer_0.ln_1,heads")
     assert [stage.shape for stage in backbone.stages] == [(50, 768), (1000,)]

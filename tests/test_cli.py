@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,7 @@ def test_json_is_one_object_with_the_same_facts(bbx_cli, pictures):
     ran = bbx_cli("extract", "--json", "--model", "toy", "--stages", "all", "--pool", "avg", "-o", "f.h5", pictures)
     facts = json.loads(ran.out)
     assert (ran.code, facts["exit_code"], facts["rows"], facts["done"]) == (4, 4, 7, 6)
-    assert list(facts["failed"]) == ["005.png"]
+    assert list(facts["failures"]) == ["005.png"]
     assert [stage["shape"] for stage in facts["run"]["stages"]] == [[4], [6], [8]]
     assert facts["output"] == "f.h5"
     assert facts["seconds"].keys() == {"wall", "decode", "compute", "write"}
@@ -90,8 +89,8 @@ def test_exit_1_on_an_internal_error_with_its_trace(bbx_cli, pictures, monkeypat
         (["nonsense"], "nonsense"),
     ],
 )
-def test_exit_2_on_a_wrong_call_with_what_would_be_right(bbx_cli, words, said):
-    ran = bbx_cli(*words)
+def test_exit_2_on_a_wrong_call_with_what_would_be_right(bbx_cli, pictures, words, said):
+    ran = bbx_cli(*(pictures if word == "." else word for word in words))
     assert ran.code == 2
     assert said in " ".join(ran.err.replace("│", " ").split())
     assert ran.out == ""
@@ -138,22 +137,41 @@ def test_exit_130_and_143_when_interrupted_and_the_same_command_continues(tmp_pa
         picture(tmp_path / "in" / f"{number:03}.png", number)
     words = toy_command("extract", "--model", "toy", "--batch-size", "1", "--workers", "1", "in")
     with subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as running:
-        while not (tmp_path / "features.h5.partial").exists() and running.poll() is None:
-            time.sleep(0.001)
+        while not (line := running.stderr.readline()).startswith("output"):
+            assert line, "ended before the plan was printed"
         running.send_signal(signum)
         _, err = running.communicate(timeout=60)
     assert running.returncode == code, err
-    assert "the same command continues it" in err
+    assert "the same command" in err
     again = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert "resume" in again.stderr
+    assert "400 done" in again.stderr
     assert (tmp_path / "features.h5").exists()
+
+
+def test_a_signal_is_obeyed_even_where_any_exception_is_taken_for_a_bad_image(bbx_cli, pictures, monkeypatch):
+    from bbx.images import read_image
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGTERM)  # reaches the main thread wherever it is
+        return read_image(*given)
+
+    monkeypatch.setattr("bbx.runner.read_image", interrupted)
+    assert bbx_cli("extract", "--model", "toy", "--batch-size", "1", pictures).code == 143
+
+
+def test_json_survives_names_that_are_no_text(bbx_cli, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"bad\xff\x9b.png")).write_bytes(b"")
+    ran = bbx_cli("extract", "--json", "--model", "toy", "in")
+    assert ran.out.isascii()
+    assert (ran.code, json.loads(ran.out)["failed"]) == (5, 1)
 
 
 def test_lists_and_stdin_name_images_for_batch_jobs(bbx_cli, pictures, tmp_path):
     paths = [str(path) for path in sorted(pictures.iterdir())[:3]]
     (tmp_path / "list.txt").write_text("\n".join([*paths, str(pictures / "gone.png")]))
     ran = bbx_cli("extract", "--json", "--model", "toy", "@list.txt", "-o", "a.h5")
-    assert (ran.code, json.loads(ran.out)["rows"], list(json.loads(ran.out)["failed"])) == (4, 4, ["gone.png"])
+    assert (ran.code, json.loads(ran.out)["rows"], list(json.loads(ran.out)["failures"])) == (4, 4, ["gone.png"])
     ran = bbx_cli("extract", "--json", "--model", "toy", "-", "-o", "b.h5", stdin="\n".join(paths).encode())
     assert json.loads(ran.out)["done"] == 3
 
@@ -208,7 +226,7 @@ def test_info_prints_the_file_without_torch(bbx_cli, pictures, tmp_path):
     for words in ("7: 6 done, 1 failed, 0 pending", "toy:toy", "stage2", "7×8×4×4", "001.png", "float32"):
         assert words in ran.out, words
     facts = json.loads(bbx_cli("info", "features.h5", "--json").out)
-    assert (facts["rows"], facts["done"], list(facts["failed"])) == (7, 6, ["001.png"])
+    assert (facts["rows"], facts["done"], list(facts["failures"])) == (7, 6, ["001.png"])
     code = "import sys; sys.argv[1:] = ['info', 'features.h5']\ntry:\n    from bbx.cli import main; main()\n" \
            "finally:\n    assert 'torch' not in sys.modules"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0

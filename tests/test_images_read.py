@@ -511,7 +511,7 @@ def test_an_open_that_fails_has_a_plain_reason(monkeypatch, error, expected):
      (RecursionError("deep\n  \x1bdown"), "damaged or truncated (RecursionError: deep down)"),
      (OSError("cannot use <_io.BufferedReader name=5>"), "damaged or truncated (cannot use the file)"),
      (ValueError("é" * 400), "damaged or truncated (ValueError: " + ("\\xe9" * 60)[:163] + "..."),
-     (OSError("Unable to locate Ghostscript on paths"), "cannot be decoded (Unable to locate Ghostscript on paths)")],
+    ],
 )  # fmt: skip
 def test_whatever_a_plugin_throws_becomes_a_reason(monkeypatch, error, expected):
     def failing(*_, **__):
@@ -561,3 +561,15 @@ def test_nothing_is_printed(tmp_path):
     paths = [str(tmp_path / "x.jpg"), str(tmp_path / "y.tif")]
     done = subprocess.run([sys.executable, "-W", "always", "-c", code, *paths], capture_output=True, check=True)
     assert (done.stdout, done.stderr) == (b"", b"")
+
+
+@pytest.mark.parametrize("name", ["drawing.eps", "holiday.jpg"])
+def test_eps_is_never_handed_to_ghostscript_whatever_its_name(tmp_path, monkeypatch, name):
+    (tmp_path / "gs").write_text("#!/bin/sh\ntouch ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n")
+    with pytest.raises(ImageError, match="Ghostscript"):
+        read_image(tmp_path / name, PREPROCESS)
+    assert not (tmp_path / "ran").exists()

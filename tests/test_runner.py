@@ -1,7 +1,9 @@
 """The whole job from Python: every row its own image's, failed rows apart, resumed runs equal to whole ones."""
 
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ def assert_same_rows(got: dict, expected: dict) -> None:
 def test_every_row_holds_its_own_images_maps(pictures, tmp_path, batch_size):
     out = tmp_path / "f.h5"
     summary = extract(pictures, model="toy", stages="all", batch_size=batch_size, output=out)
-    assert (summary.rows, summary.done, summary.failed, summary.exit_code) == (7, 7, {}, 0)
+    assert (summary.rows, summary.done, summary.failed, summary.exit_code) == (7, 7, 0, 0)
     backbone = load_backbone("toy", stages="all")
     for key, maps in rows_of(out).items():
         pixels = torch.from_numpy(read_image(pictures / key, backbone.preprocess))[None]
@@ -45,23 +47,39 @@ def test_every_row_holds_its_own_images_maps(pictures, tmp_path, batch_size):
             np.testing.assert_allclose(value, truth[stage][0].numpy(), **TOLERANCE)
 
 
-def break_in_turn(path: Path, way: int) -> None:
-    """Makes an image file bad in one of several ways."""
-    whole = path.read_bytes()
-    contents = [
-        whole[: len(whole) // 2],
-        b"",
-        b"<!DOCTYPE html><html>",
-        whole[:30],
-        bytes(500),
-        b"\x89PNG\r\n\x1a\n",
-        b"hello",
-    ]
-    if way < len(contents):
-        path.write_bytes(contents[way])
-    else:
-        path.unlink()
-        path.mkdir() if way == len(contents) else path.symlink_to("nowhere.png")
+def bomb(path: Path, whole: bytes) -> None:
+    """A PNG that claims 60,000 × 60,000 pixels."""
+    import struct
+    import zlib
+
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    path.write_bytes(whole[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+
+
+def fifo(path: Path, _whole: bytes) -> None:
+    """Nothing that may ever be opened."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def dangling(path: Path, _whole: bytes) -> None:
+    """A link to nowhere."""
+    path.unlink()
+    path.symlink_to("nowhere.png")
+
+
+WAYS_TO_BREAK = (
+    lambda path, whole: path.write_bytes(whole[: len(whole) // 2]),
+    lambda path, _: path.write_bytes(b""),
+    lambda path, _: path.write_bytes(b"<!DOCTYPE html><html>"),
+    lambda path, whole: path.write_bytes(whole[:30]),
+    lambda path, _: path.write_bytes(bytes(500)),
+    lambda path, whole: path.write_bytes(whole[:60] + bytes(60) + whole[120:]),
+    lambda path, _: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop"),
+    bomb,
+    fifo,
+    dangling,
+)
 
 
 def test_bad_images_are_failed_rows_and_leave_their_neighbours_alone(tmp_path, picture):
@@ -69,17 +87,17 @@ def test_bad_images_are_failed_rows_and_leave_their_neighbours_alone(tmp_path, p
         picture(tmp_path / "clean" / f"{number:03}.png", number)
         picture(tmp_path / "dirty" / f"{number:03}.png", number)
     bad = [f"{number:03}.png" for number in range(0, 100, 10)]
-    for way, name in enumerate(bad):
-        break_in_turn(tmp_path / "dirty" / name, way if way != 7 else 8)  # a folder is no row: tried elsewhere
+    for name, way in zip(bad, WAYS_TO_BREAK, strict=True):
+        way(tmp_path / "dirty" / name, (tmp_path / "dirty" / name).read_bytes())
     extract(tmp_path / "clean", model="toy", stages="all", output=tmp_path / "clean.h5")
     summary = extract(tmp_path / "dirty", model="toy", stages="all", output=tmp_path / "dirty.h5")
-    assert sorted(summary.failed) == bad
-    assert all(summary.failed.values())
+    assert sorted(summary.failures) == bad
+    assert len(set(summary.failures.values())) == len(bad)  # each says what is wrong with this very one
     assert summary.exit_code == 4
     clean = rows_of(tmp_path / "clean.h5")
     assert_same_rows(rows_of(tmp_path / "dirty.h5"), {key: maps for key, maps in clean.items() if key not in bad})
     with bbx.open(tmp_path / "dirty.h5") as file:
-        assert file.failed == summary.failed
+        assert file.failed == summary.failures
         assert np.isnan(file["stem"].get(bad[0], missing="nan")).all()
 
 
@@ -96,7 +114,7 @@ def test_on_error_fail_stops_at_the_first_bad_image_and_can_go_on_once_it_is_men
         extract(pictures, on_error="fail", **options)
     picture(pictures / "003.png", 3)
     summary = extract(pictures, on_error="fail", **options)
-    assert (summary.done, summary.extracted, summary.failed) == (7, 5, {})
+    assert (summary.done, summary.extracted, summary.failed) == (7, 5, 0)
 
 
 def test_the_same_run_again_has_nothing_to_do(pictures, tmp_path):
@@ -150,6 +168,38 @@ def test_a_run_stopped_by_a_signal_is_committed_and_goes_on(pictures, tmp_path, 
     assert_same_rows(rows_of(tmp_path / "f.h5"), rows_of(tmp_path / "whole.h5"))
 
 
+@pytest.mark.parametrize("mode", ["new", "overwrite"])
+def test_a_run_begun_anew_and_stopped_names_the_mode_that_continues_it(pictures, tmp_path, mode):
+    options = {"model": "toy", "batch_size": 2, "output": tmp_path / "f.h5"}
+    with pytest.raises(InterruptedRunError, match="stopped") as caught:
+        extract(pictures, mode=mode, stop=lambda: 2, **options)
+    assert "--mode resume" in caught.value.hint
+    assert extract(pictures, mode="resume", **options).extracted == 5
+
+
+def test_only_the_first_reasons_are_kept_in_memory_and_all_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("bbx.plan.FAILURES_KEPT", 3)
+    (tmp_path / "in").mkdir()
+    for number in range(9):
+        (tmp_path / "in" / f"{number}.png").write_bytes(b"")
+    summary = extract(tmp_path / "in", model="toy", output=tmp_path / "f.h5")
+    assert (summary.failed, len(summary.failures), summary.exit_code) == (9, 3, 5)
+    with bbx.open(tmp_path / "f.h5") as file:
+        assert len(file.failed) == 9
+
+
+def test_weights_with_another_classifier_are_another_run_where_a_layer_of_it_is_stored(pictures, tmp_path):
+    from tests.toy import Toy
+
+    state = Toy().state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    torch.save({**state, "fc.weight": state["fc.weight"] + 1}, tmp_path / "b.pth")
+    options = {"model": "toy", "layers": "fc", "output": tmp_path / "f.h5"}
+    extract(pictures, weights=str(tmp_path / "a.pth"), **options)
+    with pytest.raises(RunMismatchError, match="weights_digest"):
+        extract(pictures, weights=str(tmp_path / "b.pth"), **options)
+
+
 def test_a_signal_after_the_last_batch_finds_nothing_to_interrupt(pictures, tmp_path):
     summary = extract(pictures, model="toy", batch_size=7, stop=lambda: 2, output=tmp_path / "f.h5")
     assert summary.done == 7
@@ -193,7 +243,7 @@ def test_a_dry_run_plans_and_writes_nothing(pictures, tmp_path):
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("bbx.runner.free_nbytes", lambda output: 1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=1000))
     with pytest.raises(StartError, match="1 KB") as caught:
         extract(pictures, model="toy", output=tmp_path / "f.h5")
     assert "--dtype float16" in caught.value.hint
@@ -280,13 +330,14 @@ def test_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tmp_path, pi
 
 
 MEMORY = """
-import resource, sys
+import sys
 sys.path.insert(0, {root!r})
 import bbx.providers, bbx.runner
 bbx.providers.PROVIDERS["toy"] = "tests.toy"
 summary = bbx.runner.extract({images!r}, model="toy", stages="all", size=224, output={out!r})
 assert summary.done == {count}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not getrusage: its maximum starts at the parent's size, which would hide any growth.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 

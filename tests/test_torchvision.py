@@ -164,8 +164,9 @@ def test_an_official_file_by_its_name_is_that_enums(tmp_path):
     network = torchvision.models.googlenet(weights=None, init_weights=False)
     for path in (tmp_path / name, tmp_path / "mine.pth"):
         torch.save(network.state_dict(), path)
-    assert load_backbone("googlenet", weights=str(tmp_path / name)).network.transform_input is True
-    assert load_backbone("googlenet", weights=str(tmp_path / "mine.pth")).network.transform_input is False
+    official, mine = (load_backbone("googlenet", weights=str(tmp_path / file)) for file in (name, "mine.pth"))
+    assert (official.network.transform_input, mine.network.transform_input) == (True, False)
+    assert official.weights_digest != mine.weights_digest
 
 
 def test_a_vit_takes_another_size_by_interpolating_its_position_embedding(tmp_path):

@@ -53,7 +53,7 @@ def test_only_the_classifier_may_differ_and_that_is_noted(tmp_path, state, chang
     torch.save(state, tmp_path / "w.pth")
     backbone = load_backbone("toy", weights=str(tmp_path / "w.pth"))
     assert torch.equal(backbone.network.stem.weight, state["stem.weight"])
-    assert "fc.weight" in backbone.notes[0]
+    assert "lack fc, which no stage uses" in backbone.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -100,15 +100,23 @@ def test_a_cut_file_is_named(tmp_path, state):
         read_state_dict(tmp_path / "w.pth")
 
 
-def test_the_digest_follows_the_values_and_not_the_classifier(tmp_path, state):
+def test_the_digest_follows_every_value(tmp_path, state):
     digests = []
-    for name, change in (("fc.weight", 1.0), ("stem.weight", 1.0)):
+    for name in ("", "fc.weight", "stem.weight"):
+        if name:
+            state[name] = state[name] + 1.0
         torch.save(state, tmp_path / "w.pth")
-        digests.append(load_backbone("toy", weights=str(tmp_path / "w.pth")).weights_digest)
-        state[name] = state[name] + change
-        torch.save(state, tmp_path / "w.pth")
-        digests.append(load_backbone("toy", weights=str(tmp_path / "w.pth")).weights_digest)
-    assert digests[0] == digests[1] == digests[2] != digests[3]
+        digests += [load_backbone("toy", weights=str(tmp_path / "w.pth")).weights_digest for _ in range(2)]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+def test_a_layer_of_a_classifier_that_the_weights_lack_is_refused(tmp_path, state):
+    del state["fc.weight"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="--layers fc needs fc, which the weights"):
+        load_backbone("toy", weights=str(tmp_path / "w.pth"), layers="fc")
+    assert load_backbone("toy", weights=str(tmp_path / "w.pth"), layers="two").stages
 
 
 @pytest.fixture

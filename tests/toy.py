@@ -35,7 +35,7 @@ def names() -> tuple[str, ...]:
     return ("toy", "toy-loud")
 
 
-def list_models(pattern: str = "*") -> list[dict[str, Any]]:
+def list_models() -> list[dict[str, Any]]:
     return [{"name": name, "weights": ["NONE"], "parameters": 400} for name in names()]
 
 
@@ -47,12 +47,12 @@ def load(ref: ModelRef, *, seed: int = 0, size: tuple[int, int] | None = None, s
         network = Toy()
     if ref.name == "toy-loud":  # values that float16 cannot hold
         torch.nn.init.constant_(network.two.bias, 1e6)
-    notes: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
     if ref.weights not in ("auto", "random"):
         from pathlib import Path
 
-        notes = load_into(network, read_state_dict(Path(ref.weights)), head=("fc.",), source=f"file {ref.weights}")
+        untrained = load_into(network, read_state_dict(Path(ref.weights)), head=("fc.",), source=f"file {ref.weights}")
     label = f"random (seed {seed})"
     network = network.to("meta") if structure else network
-    checksum = "" if structure else digest(network, head=("fc.",))
-    return Backbone(ref, network.eval(), TAPS, PREPROCESS.override(size=size), label, checksum, notes)
+    checksum = "" if structure else digest(network)
+    return Backbone(ref, network.eval(), TAPS, PREPROCESS.override(size=size), label, checksum, untrained)

@@ -140,10 +140,15 @@ def _check_regular(facts: os.stat_result) -> None:
 
 def _identify(file: BinaryIO) -> Image.Image:
     try:
-        return Image.open(file, formats=readable_formats())
+        image = Image.open(file, formats=readable_formats())
     except UnidentifiedImageError:
         file.seek(0)
         header = file.read(64)
+    else:
+        if image.format == "EPS":
+            # Whatever the suffix says: a program fed by a stranger's file, with no limit on its time.
+            raise ImageError("EPS is drawn by an external program (Ghostscript), which bbx does not run")
+        return image
     if claimed := claimed_format(header):
         raise ImageError(f"damaged or truncated {claimed} (its header cannot be read)")
     raise ImageError(f"not an image (starts with {_shown_start(header)})")
@@ -222,6 +227,8 @@ def _centred(image: Image.Image, size: tuple[int, int], fill: tuple[int, int, in
         image = image.crop((left, top, left + min(width, image.width), top + min(height, image.height)))
     if image.size == (width, height):
         return np.array(image)
+    if width * height > _MAX_SCALED_PIXELS:
+        raise ImageError(f"the input's {width} x {height} pixels are too many")
     canvas = np.empty((height, width, 3), np.uint8)
     canvas[...] = fill
     left, top = (width - image.width) // 2, (height - image.height) // 2
@@ -245,8 +252,6 @@ def _reason(error: Exception) -> str:
     if _ENDS_EARLY.search(text):
         detail = re.sub(r"^image file is truncated(?: \((.*)\))?$|^Truncated File Read$", r"\1", text)
         return _one_line(f"truncated ({detail or 'the file ends too early'})")
-    if "Ghostscript" in text:
-        return _one_line(f"cannot be decoded ({text})")
     named = text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
     return _one_line(f"damaged or truncated ({named})")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib import colormaps
@@ -19,8 +19,8 @@ from matplotlib.colors import Colormap
 from numpy.typing import NDArray
 
 from bbx.errors import UsageError, nearest
+from bbx.spec import Scale
 
-Scale = Literal["shared", "channel"]
 Floats = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 

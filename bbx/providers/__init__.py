@@ -1,6 +1,6 @@
 """Who knows which model: the table of providers, the aliases, and the two ways in, `load_backbone` and `list_models`.
 
-A provider is a module with `names()`, `list_models(pattern)` and `load(ref, …)`; it is imported when it is needed, so
+A provider is a module with `names()`, `list_models()` and `load(ref, …)`; it is imported when it is needed, so
 that this table costs nothing. To add one: a file beside this one, a line here, an extra in pyproject.toml.
 """
 

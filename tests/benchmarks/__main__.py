@@ -1,7 +1,7 @@
 """bbx against the loop that people write by hand, and threads against processes for decoding.
 
-Both sides get the same pictures, weights, batch size and number of decoders, in alternation (A B A B …); what is printed
-is the median time of each and the ratio. Absolute times mean little on a shared machine, ratios within a run do.
+Both sides get the same pictures, weights, batch size and number of decoders, in alternation (A B A B …); printed are
+the median time of each and the ratio. Absolute times mean little on a shared machine, ratios within a run do.
 """
 
 from __future__ import annotations
@@ -130,12 +130,11 @@ def main() -> None:
             ]
             ours, theirs = alternate(*sides, options.repeats)
             say(f"job {job} ({name}): bbx {ours:.2f} s, by hand {theirs:.2f} s, {theirs / ours:.2f} × as fast")
-        pools = [
-            partial(decode, pool, paths, workers=options.workers) for pool in (ThreadPoolExecutor, ProcessPoolExecutor)
-        ]
-        threads, processes = alternate(*pools, options.repeats)
-        say(f"decode, {options.workers} workers: threads {threads:.2f} s, processes {processes:.2f} s (start included), "
-            f"{processes / threads:.2f} × as fast")  # fmt: skip
+        pools = (ThreadPoolExecutor, ProcessPoolExecutor)
+        sides = [partial(decode, pool, paths, workers=options.workers) for pool in pools]
+        threads, processes = alternate(*sides, options.repeats)
+        took = f"threads {threads:.2f} s, processes {processes:.2f} s (start included)"
+        say(f"decode, {options.workers} workers: {took}, {processes / threads:.2f} × as fast")
 
 
 if __name__ == "__main__":
