@@ -50,9 +50,9 @@ class Backbone:
     """`backbone(pixels)` maps `(b, 3, h, w)`, preprocessed, to `{stage name: (b, c, fh, fw)}`, channels first.
 
     `taps` are all stages in network order, `wanted` the ones that a call computes (`select` changes them).
-    `weights` says where the weights come from, `weights_digest` is the SHA-256 of their values, `untrained` names the
-    modules of the classifier that they lack, `notes` is what a user should know. In evaluation mode; gradients flow
-    unless the caller forbids them.
+    `weights` says where the weights come from, `weights_digest` is the SHA-256 of their values, `untrained` names
+    the modules of the classifier that they do not fit, `notes` is what a user should know. In evaluation mode;
+    gradients flow unless the caller forbids them.
     """
 
     ref: ModelRef
@@ -83,6 +83,8 @@ class Backbone:
         With neither, the last stage; with layers alone, only those. Raises `UsageError` naming what would be valid.
         """
         paths = [path.strip() for path in layers.split(",")] if isinstance(layers, str) else list(layers)
+        if isinstance(layers, str) and not any(paths):
+            raise UsageError("--layers names no module", "leave it out, or name some: 'features.3,features.*.norm1'")
         free, notes = _free_taps(self.network, [path for path in paths if path], self._pixels(self.preprocess.size))
         names = select_stages(self.stage_names, stages) if stages is not None or not free else ()
         wanted = [tap for tap in self.taps if tap.name in names]
@@ -94,14 +96,14 @@ class Backbone:
             if stage not in wanted or tap.module != (stage and stage.module):
                 wanted.append(tap)
         if self.untrained:
-            notes.append(f"the weights ({self.weights}) lack {', '.join(self.untrained)}, which no stage uses")
+            notes.append(f"the weights ({self.weights}) do not fit {', '.join(self.untrained)}, which no stage uses")
         return replace(self, wanted=tuple(wanted), notes=tuple(notes))
 
     def _check_trained(self, tap: Tap) -> None:
         for module in self.untrained:
             if f"{tap.module}.".startswith(f"{module}.") or f"{module}.".startswith(f"{tap.module}."):
                 raise WeightsError(
-                    f"--layers {tap.module} needs {module}, which the weights ({self.weights}) lack",
+                    f"--layers {tap.module} needs {module}, which the weights ({self.weights}) do not fit",
                     "give weights with this very classifier, or ask for a layer before it",
                 )
 
@@ -154,7 +156,14 @@ class Backbone:
         wanted = self.wanted or self.taps[-1:]
         size = self.preprocess.size
         with torch.inference_mode():
-            first = self._run(self._pixels(size), wanted)
+            try:
+                first = self._run(self._pixels(size), wanted)
+            except (AssertionError, RuntimeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UsageError(
+                    f"{self.ref} cannot take an input of {size[0]}x{size[1]} pixels: {reason}",
+                    "leave --size out, or try a larger one" if max(size) < 1024 else "try a smaller --size",
+                ) from None
             other = _other_size(*size)
             try:
                 second = self._run(self._pixels(other), wanted)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from bbx.errors import BbxError, InterruptedRunError, UsageError
+from bbx.errors import BbxError, InterruptedRunError, UsageError, WriteError
 from bbx.spec import Dtype, ExifMode, Mode, OnError, Pool, Precision, ResizeMode, Scale
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ Stages = Annotated[str | None, typer.Option(help="stem,stage2 · 0,-1 · stem..s
 Layers = Annotated[str | None, typer.Option(help="Any module paths or globs: 'features.*.norm1'", metavar="LIST")]
 Weights = Annotated[str | None, typer.Option(help="auto, random, a .safetensors/.pth file, or a name", metavar="W")]
 Seed = Annotated[int | None, typer.Option(help="Of random weights", metavar="N")]
-Size = Annotated[str | None, typer.Option(help="Input in pixels, 224 or 224x320, not the weights' own", metavar="N")]
+Size = Annotated[
+    str | None, typer.Option(help="Input in pixels, 224 or HEIGHTxWIDTH, not the weights' own", metavar="N")
+]
 Resize = Annotated[ResizeMode | None, typer.Option(help="How the picture is fitted to the input")]
 Exif = Annotated[ExifMode | None, typer.Option(help="The orientation tag of photographs")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
@@ -86,31 +88,32 @@ def extract(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More of the plan")] = False,
 ) -> None:
     """Extract stem and stages of a backbone for every image into one HDF5 file."""
-    from bbx import console, facts, runner
+    with _signals() as stop:  # from here on, for the imports take their time too
+        from bbx import console, facts, runner
 
-    options = _given(
-        stages=stages, layers=layers, weights=weights, seed=seed, size=_size(size), resize_mode=resize_mode, exif=exif,
-        batch_size=batch_size, workers=workers, device=device, dtype=dtype, precision=precision, pool=pool,
-        output=output, mode=mode, on_error=on_error,
-    )  # fmt: skip
-    plans: list[Plan] = []
-
-    def on_plan(plan: Plan) -> None:
-        plans.append(plan)
-        if not quiet:
-            console.plan(plan, verbose=verbose)
-
-    with _signals() as stop, nullcontext() if quiet else console.progress() as progress:
-        summary = runner.extract(
-            images, model=_required(model), dry_run=dry_run, on_plan=on_plan,
-            progress=progress, stop=stop, **options,
+        options = _given(
+            stages=stages, layers=layers, weights=weights, seed=seed, size=_size(size), resize_mode=resize_mode,
+            exif=exif, batch_size=batch_size, workers=workers, device=device, dtype=dtype, precision=precision,
+            pool=pool, output=output, mode=mode, on_error=on_error,
         )  # fmt: skip
+        plans: list[Plan] = []
+
+        def on_plan(plan: Plan) -> None:
+            plans.append(plan)
+            if not quiet:
+                console.plan(plan, verbose=verbose)
+
+        with nullcontext() if quiet else console.progress() as progress:
+            summary = runner.extract(
+                images, model=_required(model), dry_run=dry_run, on_plan=on_plan, progress=progress, stop=stop,
+                **options,
+            )  # fmt: skip
     if not quiet and not dry_run:
         console.summary(summary)
     if as_json:
         _print_json(facts.of_run(plans[0], summary, dry_run=dry_run))
     elif not dry_run:
-        typer.echo(str(summary.output))
+        typer.echo(os.fsencode(summary.output))  # bytes: a file name need not be text
     raise typer.Exit(0 if dry_run else summary.exit_code)
 
 
@@ -158,7 +161,7 @@ def show(
         drawing.open_windows(figures)
         return
     for path in drawing.save(figures, output, source=source):
-        typer.echo(str(path))
+        typer.echo(os.fsencode(path))
 
 
 @app.command(name="stages")
@@ -216,7 +219,7 @@ def main() -> None:
     # A feature file from a stranger must not make HDF5 load a filter plugin; read when h5py is first imported.
     os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except BbxError as problem:
         _fail(problem)
     except _Signalled as stopped:
@@ -224,8 +227,10 @@ def main() -> None:
         _fail(
             InterruptedRunError(f"stopped by {name}", "the same command starts or continues it", signum=stopped.signum)
         )
+    except OSError as problem:
+        _fail(WriteError(f"the system refused: {problem}", "is the disk full, or the pipe closed?"))
     except Exception as problem:
-        _fail(_internal(problem))
+        _fail(_misused(problem) or _internal(problem))
 
 
 class _Signalled(BaseException):
@@ -243,6 +248,15 @@ def _fail(problem: BbxError) -> NoReturn:
     if "--json" in sys.argv:
         _print_json({"error": problem.message, "hint": problem.hint, "exit_code": problem.exit_code})
     sys.exit(problem.exit_code)
+
+
+def _misused(problem: Exception) -> UsageError | None:
+    """Typer's own complaint about the command line (it vendors click, so that its class has no public name)."""
+    tell = getattr(problem, "format_message", None)
+    if tell is None or getattr(problem, "exit_code", None) != UsageError.exit_code:
+        return None
+    context = getattr(problem, "ctx", None)
+    return UsageError(tell(), f"{context.command_path if context else 'bbx'} --help")
 
 
 def _internal(problem: Exception) -> BbxError:

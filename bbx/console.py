@@ -155,6 +155,8 @@ def summary(result: Summary) -> None:
         grid.add_row("time", plain(split))
     for stage, count in result.overflow.items():
         grid.add_row("overflow", plain(f"{stage}: {count:,} values are beyond float16 and stored as infinity"))
+    for stage, count in result.nonfinite.items():
+        grid.add_row("not finite", plain(f"{stage}: {count:,} values are NaN or infinite as the network gave them"))
     console.print(grid)
     _failures(console, result.failures, result.failed, f"bbx info --json {result.output} lists all")
 
@@ -200,6 +202,8 @@ def info(file: FeatureFile) -> None:
     grid.add_row("file", plain(f"{file.path}  {size_text(file.nbytes)}"))
     rows = f"{len(file):,}: {counts.done:,} done, {counts.failed:,} failed, {counts.pending:,} pending"
     grid.add_row("rows", plain(rows))
+    if counts.pending:
+        grid.add_row("unfinished", plain("the bbx extract command that began it continues it"))
     grid.add_row("model", plain(f"{run.model}, weights {run.weights}"))
     grid.add_row("digest", plain(f"weights {run.weights_digest}"))
     grid.add_row("input", plain(run.preprocess.describe()))

@@ -39,6 +39,7 @@ def of_run(plan: Plan, summary: Summary, *, dry_run: bool) -> dict[str, Any]:
         "failures": summary.failures,
         "extracted": summary.extracted,
         "overflow": summary.overflow,
+        "nonfinite": summary.nonfinite,
         "seconds": times,
         "images_per_second": round(summary.images_per_second, 3),
         "exit_code": summary.exit_code,

@@ -53,7 +53,8 @@ class Summary:
     """What a run came to. Times in seconds; decode, compute and write overlap, so they add up to more than `wall`.
 
     `failed` counts the failed rows, `failures` holds key and reason of the first of them (the file holds all),
-    `overflow` counts the values per stage that float16 could not hold.
+    `overflow` counts the values per stage that float16 could not hold, `nonfinite` those that were NaN or infinite as
+    the network gave them.
     """
 
     output: Path
@@ -63,6 +64,7 @@ class Summary:
     failures: dict[str, str] = field(default_factory=dict)
     extracted: int = 0
     overflow: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
     wall: float = 0.0
     decode: float = 0.0
     compute: float = 0.0
@@ -89,6 +91,7 @@ class Summary:
 
 def find_device(wish: str) -> torch.device:
     """The device `wish` names, `auto` being the fastest kind there is. Raises `UsageError`, `StartError`."""
+    wish = wish.strip().lower()
     mps = torch.backends.mps.is_available()
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")

@@ -8,6 +8,7 @@ them stand queues of a few batches, so memory does not grow with the number of i
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -207,7 +208,7 @@ def _loop(
                 left -= len(batch.rows)
                 if left and (signum := stop and stop()):
                     raise InterruptedRunError(
-                        f"stopped by signal {signum}; every finished image is in {plan.output}.partial",
+                        f"stopped by {signal.Signals(signum).name}; every finished image is in {plan.output}.partial",
                         "the same command continues it"
                         if not fresh
                         else "the same command with --mode resume continues it",
@@ -269,6 +270,8 @@ def _compute(plan: Plan, pixels: NDArray[np.uint8], summary: Summary) -> dict[st
     maps = {}
     for name, tensor in plan.backbone(batch).items():
         pooled = _pooled(tensor.float(), plan.run.pool)
+        if odd := pooled.numel() - int(pooled.isfinite().sum()):
+            summary.nonfinite[name] = summary.nonfinite.get(name, 0) + odd
         if plan.run.dtype == "float16":
             half = pooled.half()
             lost = int((half.isinf() & ~pooled.isinf()).sum())
@@ -290,7 +293,7 @@ def _pooled(maps: Tensor, pool: Pool) -> Tensor:
 def _stored(stage: Stage, pool: Pool) -> Stage:
     if pool == "none":
         return stage
-    return Stage(stage.name, (stage.channels,), stage.stride, stage.module, stage.index)
+    return replace(stage, shape=(stage.channels,), stride=0.0)
 
 
 def _write(

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 DEFAULT_IMAGES = 8
 
 
+# Stages side by side in one contact sheet; more would be too small to see.
+_SHEET_STAGES = 6
+# Suffixes that mean a picture, and not a folder's name with a dot in it.
+_NOT_DRAWN = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".eps", ".ps")
+
+
 @dataclass(frozen=True)
 class Subject:
     """One image with its maps: `maps[stage]` `(c, h, w)`, `picture` `(h, w, 3)` uint8 as the network saw it."""
@@ -62,6 +68,8 @@ def from_file(
     `tell` hears what is left out. Raises `UsageError` for an unknown key or stage, `FileError` for a bad file.
     """
     tell = tell or (lambda _: None)
+    if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"):
+        raise UsageError(f"{path} looks like an image, not a feature file", "an image needs --model NAME")
     with open_finished_or_partial(path) as file:
         names = select_stages(list(file.stages), stages)
         rows = _rows(file, images, tell)
@@ -113,8 +121,13 @@ def draw(subjects: Iterable[Subject], look: Look) -> Iterator[tuple[Subject, str
         for stage, maps in subject.maps.items():
             figure = plots.channel_grid(maps, stage=stage, stride=subject.strides[stage], overlay=overlay, **given)
             yield subject, stage, figure
-        if sum(maps.ndim == 3 for maps in subject.maps.values()) > 1:
-            yield subject, "sheet", plots.contact_sheet(subject.maps, picture=subject.picture, **given)
+        grids = [item for item in subject.maps.items() if item[1].ndim == 3]
+        if look.overlay and not grids:
+            raise UsageError("--overlay draws maps over the picture, and here is none", "leave --overlay out")
+        for start in range(0, len(grids) if len(grids) > 1 else 0, _SHEET_STAGES):
+            name = f"sheet{start // _SHEET_STAGES + 1}" if len(grids) > _SHEET_STAGES else "sheet"
+            some = dict(grids[start : start + _SHEET_STAGES])
+            yield subject, name, plots.contact_sheet(some, picture=subject.picture, **given)
 
 
 def save(figures: Iterable[tuple[Subject, str, Figure]], output: str | None, *, source: str) -> Iterator[Path]:
@@ -123,15 +136,15 @@ def save(figures: Iterable[tuple[Subject, str, Figure]], output: str | None, *, 
     `output`: a folder (default: the source's name with `_grids`), a `.pdf` (all figures, a page each), or a `.png` or
     `.svg` name, into which image and stage are put when there is more than one figure.
     """
-    target = Path(output) if output else Path(f"{Path(source).stem}_grids")
-    kind = target.suffix.lower()
+    target = Path(output or f"{Path(source.removesuffix('.partial')).stem}_grids")
+    kind = target.suffix.lower() if output and not target.is_dir() else ""
     if kind == ".pdf":
         _make_folder(target.parent)
         plots.save_pages((figure for _, _, figure in figures), target)
         yield target
         return
-    single = target.suffix != "" and not target.is_dir()
-    if single and kind not in (".png", ".svg"):
+    single = kind in (".png", ".svg")
+    if kind in _NOT_DRAWN:
         raise UsageError(f"cannot draw into {target.name}", "a name ending in .png, .pdf or .svg, or a folder")
     waiting: tuple[Path, Figure] | None = None
     rows: dict[str, int] = {}
@@ -223,8 +236,8 @@ def _texts(value: object) -> list[str]:
 def _picture(file: FeatureFile, row: int, roots: Sequence[Path]) -> NDArray[np.uint8] | None:
     key = file.keys[row]
     for root in roots:
-        # With several roots a key starts with its root's name.
-        for folder in (root, root.parent):
+        # With several roots a key starts with the last folders of its root's path.
+        for folder in (root, *root.resolve().parents)[: key.count("/") + 1]:
             try:
                 path = (folder / key).resolve()
                 if path.is_relative_to(root.resolve()) and path.is_file():

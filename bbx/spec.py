@@ -225,15 +225,17 @@ class RunSpec:
     def differences(self, other: RunSpec) -> list[tuple[str, str, str]]:
         """`(field, mine, theirs)` for each compared field that differs, nested fields by dotted name."""
         found: list[tuple[str, str, str]] = []
-        for item in fields(self):
+        # What a user chose comes before what follows from it: another size or pool gives other shapes too.
+        follows = ("stages", "weights_digest")
+        for item in sorted((item for item in fields(self) if item.compare), key=lambda item: item.name in follows):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            if not item.compare or mine == theirs:
+            if mine == theirs:
                 continue
             if isinstance(mine, Preprocess):
                 pairs = [(f"preprocess.{f.name}", getattr(mine, f.name), getattr(theirs, f.name)) for f in fields(mine)]
                 found += [(name, str(a), str(b)) for name, a, b in pairs if a != b]
             elif item.name == "stages":
-                found.append(("stages", _stage_text(mine), _stage_text(theirs)))
+                found.append(("stages", *_unlike(mine, theirs)))
             else:
                 found.append((item.name, str(mine), str(theirs)))
         return found
@@ -262,8 +264,13 @@ class RunSpec:
         return run
 
 
-def _stage_text(stages: Iterable[Stage]) -> str:
-    return ", ".join(f"{stage.name} {'x'.join(map(str, stage.shape))}" for stage in stages)
+def _unlike(mine: Sequence[Stage], theirs: Sequence[Stage]) -> tuple[str, str]:
+    """Both sides in a few words: the names where they differ, else the first stage that differs in shape or module."""
+    names = tuple(", ".join(stage.name for stage in side[:6]) + ", …" * (len(side) > 6) for side in (mine, theirs))
+    if [stage.name for stage in mine] != [stage.name for stage in theirs]:
+        return f"{len(mine)} ({names[0]})", f"{len(theirs)} ({names[1]})"
+    one, other = next(pair for pair in zip(mine, theirs, strict=True) if pair[0] != pair[1])
+    return tuple(f"{s.name} {'x'.join(map(str, s.shape))} of {s.module}" for s in (one, other))  # type: ignore[return-value]
 
 
 def _checked(kind: type[Any], data: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ import pickle
 import re
 import socket
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from bbx.errors import WeightsError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "module")
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
@@ -53,21 +55,22 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises `WeightsError` when the file is missing, damaged, or holds anything but tensors and plain containers.
     """
-    if not path.is_file():
-        raise WeightsError(f"no weights file {path}", "give a .safetensors or .pth file, or --weights random")
+    check_file(path)
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the file's age and kind: what matters becomes an error below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(
             f"{path} holds Python objects besides tensors, or is damaged; bbx does not run code from weights files",
             "save only the state dict: torch.save(model.state_dict(), 'weights.pth')",
         ) from None
     except Exception as error:  # safetensors and torch raise many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise WeightsError(
             f"cannot read the weights in {path}: {reason}", "is the file whole? fetch it again"
         ) from None
@@ -79,7 +82,18 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise WeightsError(f"{path} holds no tensors by name", "save with torch.save(model.state_dict(), path)")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
+            kind = "sparse" if tensor.layout != torch.strided else "empty (meta)" if tensor.is_meta else tensor.dtype
+            raise WeightsError(f"{path}: {name} is {kind}, not plain numbers", "save a plain state dict")
     return tensors
+
+
+def check_file(path: Path) -> None:
+    """Raises `WeightsError` unless there is a file at `path`."""
+    if not path.is_file():
+        fault = f"{path} is a folder" if path.is_dir() else f"no weights file {path}"
+        raise WeightsError(fault, "give a .safetensors or .pth file, or --weights random")
 
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor], *, head: Iterable[str], source: str) -> tuple[str, ...]:
@@ -93,9 +107,11 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, head: Iterable
     heads = tuple(head)
     misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
+    tops = {name.split(".")[0] for name in own}
+    # A head that this network was built without (auxiliary classifiers) is nobody's loss.
+    unexpected = [name for name in state if name not in own and not name.startswith(_AUXILIARY)]
     faults = {
-        label: [name for name in names if not name.startswith(heads)]
+        label: [name for name in names if not name.startswith(heads) or name.split(".")[0] not in tops]
         for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
     }
     if any(faults.values()):
@@ -103,7 +119,7 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, head: Iterable
         raise WeightsError(f"{source} does not fit the model: {text}", "is it a checkpoint of this very model?")
     fitting = {name: value for name, value in state.items() if name in own and name not in misshapen}
     network.load_state_dict(fitting, strict=False)
-    left = [*missing, *misshapen]
+    left = [*missing, *misshapen, *unexpected]
     return tuple(prefix.rstrip(".") for prefix in heads if any(name.startswith(prefix) for name in left))
 
 

@@ -268,3 +268,52 @@ def test_completion_installs(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert list(tmp_path.rglob("*bbx*.sh"))
+
+
+def test_a_slip_in_o_costs_no_photograph(bbx_cli, pictures):
+    photo = pictures / "003.png"
+    before = photo.read_bytes()
+    for mode in ("auto", "overwrite", "new", "resume"):
+        ran = bbx_cli("extract", "--model", "toy", "--mode", mode, "-o", photo, pictures)
+        assert (ran.code, photo.read_bytes() == before) == (3, True)
+        assert "-o" in ran.err
+
+
+@pytest.mark.parametrize("size", ["2", "1", "100000", "99999999999999999999", "0"])
+def test_a_size_that_no_network_takes_is_a_usage_error(bbx_cli, pictures, size):
+    ran = bbx_cli("extract", "--model", "inception-v3", "--weights", "random", "--size", size, pictures)
+    assert ran.code == 2
+    assert "--size" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_option_errors_are_told_as_json_too(bbx_cli, pictures):
+    ran = bbx_cli("extract", "--json", "--batch-size", "x", "--model", "toy", pictures)
+    assert ran.code == json.loads(ran.out)["exit_code"] == 2
+    assert "bbx extract --help" in ran.err
+
+
+@pytest.mark.parametrize("path", [".", "/", "", "/dev/null"])
+def test_a_path_that_is_no_file_is_named(bbx_cli, path):
+    for command in ("info", "show"):
+        assert bbx_cli(command, path).code == 3
+
+
+def test_values_that_are_not_finite_are_counted(bbx_cli, pictures, tmp_path):
+    import torch
+
+    from tests.toy import Toy
+
+    state = Toy().state_dict()
+    state["two.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    ran = bbx_cli("extract", "--model", "toy", "--weights", "nan.pth", pictures)
+    assert "stage2: 112 values are NaN or infinite" in ran.err
+
+
+def test_a_full_standard_output_is_an_error_of_one_line(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(toy_command("models"), stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+                             env=ENVIRONMENT)  # fmt: skip
+    assert ran.returncode != 0
+    assert "internal error" not in ran.stderr

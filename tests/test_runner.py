@@ -131,7 +131,7 @@ def test_the_same_run_again_has_nothing_to_do(pictures, tmp_path):
         ({"seed": 1}, "weights_digest"),
         ({"stages": "stem"}, "stages"),
         ({"dtype": "float16"}, "dtype"),
-        ({"pool": "avg"}, "stages"),
+        ({"pool": "avg"}, "pool"),
         ({"resize_mode": "pad"}, "preprocess.mode"),
         ({"exif": "ignore"}, "preprocess.exif"),
         ({"precision": "bf16"}, "precision"),

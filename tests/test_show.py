@@ -135,3 +135,37 @@ def test_without_a_display_a_window_is_refused_with_the_way_out(bbx_cli, file, m
     ran = bbx_cli("show", file, "--window")
     assert ran.code == 3
     assert "leave --window out" in ran.err
+
+
+def test_names_with_dots_are_folders_and_files_like_any_other(bbx_cli, file, tmp_path):
+    (tmp_path / file).rename(tmp_path / "run.v1.h5")
+    assert bbx_cli("show", "run.v1.h5", "--image", "0").out.split()[0] == "run.v1_grids/000.stem.png"
+    drawn = bbx_cli("show", "run.v1.h5", "--image", "0", "-o", "results.2024").out.split()
+    assert drawn[0] == "results.2024/000.stem.png"
+
+
+def test_pictures_of_roots_that_share_a_name_are_found_below_either(bbx_cli, tmp_path, picture):
+    for number, root in enumerate(("r1/imgs", "r2/imgs")):
+        picture(tmp_path / root / "a.png", number)
+    bbx_cli("extract", "-q", "--model", "toy", "r1/imgs", "r2/imgs")
+    assert [subject.key for subject in show.from_file("features.h5") if subject.picture is not None] == [
+        "r1/imgs/a.png",
+        "r2/imgs/a.png",
+    ]
+    subject = next(show.from_file("features.h5", root="r1/imgs"))
+    assert subject.picture is not None
+
+
+def test_an_overlay_of_what_has_no_grid_is_refused(bbx_cli, pictures):
+    bbx_cli("extract", "-q", "--model", "toy", "--pool", "avg", pictures, "-o", "pooled.h5")
+    assert bbx_cli("show", "pooled.h5", "--image", "0", "--overlay").code == 2
+
+
+def test_many_stages_are_several_sheets(bbx_cli):
+    ran = bbx_cli("show", SAMPLES / "coffee.png", "--model", "vit-base-32", "--weights", "random")
+    assert [name for name in names(ran) if "sheet" in name] == [f"coffee.sheet{n}.png" for n in (1, 2, 3)]
+
+
+def test_an_image_without_a_model_is_told_what_to_type(bbx_cli):
+    ran = bbx_cli("show", SAMPLES / "coffee.png")
+    assert (ran.code, "--model NAME" in ran.err) == (2, True)

@@ -53,7 +53,7 @@ def test_only_the_classifier_may_differ_and_that_is_noted(tmp_path, state, chang
     torch.save(state, tmp_path / "w.pth")
     backbone = load_backbone("toy", weights=str(tmp_path / "w.pth"))
     assert torch.equal(backbone.network.stem.weight, state["stem.weight"])
-    assert "lack fc, which no stage uses" in backbone.notes[0]
+    assert "do not fit fc, which no stage uses" in backbone.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,29 @@ def test_a_layer_of_a_classifier_that_the_weights_lack_is_refused(tmp_path, stat
     with pytest.raises(WeightsError, match="--layers fc needs fc, which the weights"):
         load_backbone("toy", weights=str(tmp_path / "w.pth"), layers="fc")
     assert load_backbone("toy", weights=str(tmp_path / "w.pth"), layers="two").stages
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda t: t.to_sparse(), "sparse"),
+        (lambda t: t.to("meta"), "meta"),
+        (lambda t: t.to(torch.complex64), "complex"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(tmp_path, state, change, word):
+    state["one.bias"] = change(state["one.bias"])
+    torch.save(dict(state), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=f"one.bias is .*{word}"):
+        load_backbone("toy", weights=str(tmp_path / "w.pth"))
+
+
+def test_another_structure_of_the_classifier_is_noted_and_a_foreign_one_refused(tmp_path, state):
+    torch.save({**state, "fc.extra": torch.zeros(1)}, tmp_path / "w.pth")
+    assert "do not fit fc" in load_backbone("toy", weights=str(tmp_path / "w.pth")).notes[0]
+    torch.save({**state, "head.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"1 unexpected \(head\.weight\)"):
+        load_backbone("toy", weights=str(tmp_path / "w.pth"))
 
 
 @pytest.fixture

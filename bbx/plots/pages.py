@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ def save_pages(figures: Iterable[Figure], path: str | Path) -> int:
             for figure in figures:
                 pages.savefig(figure)
                 count += 1
-    except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}", "choose another place with -o") from None
+    except (OSError, zlib.error) as error:  # a full disk surfaces as either, by what was being flushed
+        Path(path).unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise WriteError(f"cannot write {path}: {reason}", "choose another place with -o") from None
     return count
 
 

@@ -84,6 +84,8 @@ def load_backbone(
     """
     ref = resolve(model, weights=weights)
     height_width = (size, size) if isinstance(size, int) else size
+    if height_width is not None and (len(height_width) != 2 or not all(isinstance(side, int) for side in height_width)):
+        raise UsageError(f"size {size!r} is no size", "pixels, such as 224, or (height, width)")
     backbone: Backbone = import_module(PROVIDERS[ref.provider]).load(ref, seed=seed, size=height_width)
     return backbone.select(stages, layers=layers)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bbx.backbone import Backbone, Tap
 from bbx.errors import UsageError, nearest
 from bbx.spec import ModelRef, Preprocess
-from bbx.weights import digest, load_into, read_state_dict
+from bbx.weights import check_file, digest, load_into, read_state_dict
 
 # (blocks, kernel, stride, expansion, channels), as EfficientNet-B0's.
 _LITE0 = (
@@ -142,6 +142,7 @@ def _weights_file(wish: str) -> Path:
         raise UsageError(
             f"{_NAME} has no weights {wish!r}", f"{meant}valid: auto, random, {_WEIGHTS}, or a file's path"
         )
+    check_file(path)
     return path
 
 

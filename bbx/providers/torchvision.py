@@ -23,7 +23,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from bbx.backbone import Backbone, Layout, Tap
 from bbx.errors import UsageError, nearest
 from bbx.spec import ModelRef, Preprocess
-from bbx.weights import digest, fetch, load_into, read_state_dict
+from bbx.weights import check_file, digest, fetch, load_into, read_state_dict
 
 Paths = tuple[str, ...]
 
@@ -80,7 +80,7 @@ FAMILIES = (
 )
 
 # Name prefixes of everything that only the classifier uses, in any family.
-HEAD = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")
+HEAD = ("fc.", "classifier.", "head.", "heads.")
 
 
 @cache
@@ -153,6 +153,7 @@ def _which_weights(ref: ModelRef, enum: Any) -> tuple[Any, Path | None]:
         return by_name[short], None
     path = Path(wish).expanduser()
     if path.is_file() or path.suffix or len(path.parts) > 1:
+        check_file(path)
         # An official file under its official name is that enum's: the same preprocessing, the same model options.
         return next((member for member in enum if Path(member.url).name == path.name), None), path
     close = nearest(wish, by_name, 1)

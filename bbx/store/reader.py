@@ -137,7 +137,8 @@ class FeatureFile:
             return self._index[key]
         except (KeyError, TypeError):
             close = nearest(key, self.keys, 1) if isinstance(key, str) and len(self) <= 100_000 else []
-            hint = f"did you mean {close[0]!r}?" if close else "FeatureFile.keys lists the images"
+            some = ", ".join(map(repr, self.keys[:3]))
+            hint = f"did you mean {close[0]!r}?" if close else f"keys are {some}, …; rows are 0 to {len(self) - 1}"
             raise UsageError(f"{self.path} has no image {key!r}", hint) from None
 
     def verify_row(self, stage: str, row: RowKey) -> bool:
@@ -172,6 +173,12 @@ class FeatureFile:
             raise UsageError("give a stage and one row or key", 'file["stage1", "cat.png"]')
         view = StageView(self, self._access.facts.columns[name])
         return view[rest[0]] if rest else view
+
+    def __contains__(self, stage: object) -> bool:
+        return stage in self.stages
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stages)
 
     def __enter__(self) -> Self:
         return self

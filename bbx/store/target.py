@@ -34,7 +34,9 @@ class Target:
 
 
 def partial_path(path: Path) -> Path:
-    """Where an unfinished output lies."""
+    """Where an unfinished output lies. Raises `FileError` for a path without a file's name, such as `.`"""
+    if not path.name:
+        raise FileError(f"{str(path)!r} is a folder, not a feature file", "name the file in it, such as features.h5")
     return path.with_name(path.name + ".partial")
 
 
@@ -62,6 +64,7 @@ def check_target(path: str | os.PathLike[str], run: RunSpec, keys: Sequence[str]
     partial = partial_path(out)
     new = Target(out, "new", len(keys), 0, 0)
     if mode == "overwrite":
+        _check_ours(out)
         return new
     if mode == "new":
         for place in (out, partial):
@@ -100,6 +103,19 @@ def _check_folder(out: Path) -> None:
         raise StartError(f"the folder {out.parent} cannot be written to", "choose another one with -o")
 
 
+def _check_ours(out: Path) -> None:
+    """Raise `FileError` where `out` holds anything but features: a slip in -o must not cost a photograph."""
+    if not out.exists():
+        return
+    try:
+        trust.open_checked(out).close()
+    except FileError as error:
+        raise FileError(
+            f"{out} is not overwritten, for it is no feature file: {error.message}",
+            "choose another name with -o, or delete it yourself if it may go",
+        ) from None
+
+
 def _complete(out: Path, run: RunSpec, keys: Sequence[str]) -> Target:
     hint = _OTHERWISE
     if partial_path(out).exists():
@@ -118,7 +134,8 @@ def _compared(out: Path, place: Path, run: RunSpec, keys: Sequence[str], hint: s
     try:
         opened = trust.open_checked(place)
     except FileError as error:
-        raise FileError(error.message, f"{error.hint}; {hint}" if error.hint else hint) from None
+        another = "choose another name with -o, or delete it yourself if it may go"
+        raise FileError(error.message, "; ".join(filter(None, (error.hint, another)))) from None
     try:
         _compare_run(place, opened.facts.run, run, hint)
         with trust.guarded(place):
