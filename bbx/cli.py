@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
     from bbx.plan import Plan
 
-EXIT_CODES = """Exit codes: 0 all rows done · 1 internal error · 2 usage · 3 cannot start, or the disk failed ·
-4 finished, some rows failed · 5 all rows failed · 130/143 interrupted, the same command continues."""
+EXIT_CODES = (
+    "Exit codes: 0 all rows done · 1 internal error · 2 usage · 3 cannot start, or the disk failed · "
+    "4 finished, some rows failed · 5 all rows failed · 130/143 interrupted, the same command continues."
+)
 
 app = typer.Typer(
     help="Feature maps of any vision backbone, stage by stage, from a folder of images into one HDF5 file, and drawn.",
@@ -40,15 +42,19 @@ app = typer.Typer(
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="swin-tiny, resnet50, …: see bbx models", metavar="NAME")
 ]
-Stages = Annotated[str | None, typer.Option(help="stem,stage2 · 0,-1 · stem..stage2 · all", metavar="LIST")]
+Stages = Annotated[
+    str | None, typer.Option(help="stem,stage2 · 0,-1 · stem..stage2 · all (default: the last)", metavar="LIST")
+]
 Layers = Annotated[str | None, typer.Option(help="Any module paths or globs: 'features.*.norm1'", metavar="LIST")]
-Weights = Annotated[str | None, typer.Option(help="auto, random, a .safetensors/.pth file, or a name", metavar="W")]
-Seed = Annotated[int | None, typer.Option(help="Of random weights", metavar="N")]
+Weights = Annotated[
+    str | None, typer.Option(help="auto, random, a .safetensors/.pth file, or a name (default: auto)", metavar="W")
+]
+Seed = Annotated[int | None, typer.Option(help="Of random weights (default: 0)", metavar="N")]
 Size = Annotated[
     str | None, typer.Option(help="Input in pixels, 224 or HEIGHTxWIDTH, not the weights' own", metavar="N")
 ]
-Resize = Annotated[ResizeMode | None, typer.Option(help="How the picture is fitted to the input")]
-Exif = Annotated[ExifMode | None, typer.Option(help="The orientation tag of photographs")]
+Resize = Annotated[ResizeMode | None, typer.Option(help="How the picture is fitted to the input (default: crop)")]
+Exif = Annotated[ExifMode | None, typer.Option(help="The orientation tag of photographs (default: apply)")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
 
 
@@ -73,15 +79,25 @@ def extract(
     size: Size = None,
     resize_mode: Resize = None,
     exif: Exif = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images computed at once", min=1)] = None,
-    workers: Annotated[int | None, typer.Option(help="Decoding threads", min=1)] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps", metavar="D")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="On disk")] = None,
-    precision: Annotated[Precision | None, typer.Option(help="In computing")] = None,
-    pool: Annotated[Pool | None, typer.Option(help="Store a vector per stage instead of a map")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="[features.h5]")] = None,
-    mode: Annotated[Mode | None, typer.Option(help="auto resumes the same run, refuses another's file")] = None,
-    on_error: Annotated[OnError | None, typer.Option(help="A bad image: a failed row, or the end")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images computed at once (default: 8 on a CPU, 64 elsewhere)", min=1)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Decoding threads (default: one per core)", min=1)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps (default: auto)", metavar="D")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="On disk (default: float32)")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="In computing (default: float32)")] = None,
+    pool: Annotated[Pool | None, typer.Option(help="Store a vector per stage instead of a map (default: none)")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="The feature file (default: features.h5)")
+    ] = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="auto resumes the same run, refuses another's file (default: auto)")
+    ] = None,
+    on_error: Annotated[
+        OnError | None, typer.Option(help="A bad image: a failed row, or the end (default: skip)")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing")] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only")] = False,
@@ -127,7 +143,9 @@ def show(
     channels: Annotated[
         str | None, typer.Option(help="0:64 · 3,17 · top:16 (by mean) · top:16:max · top:16:std", metavar="LIST")
     ] = None,
-    scale: Annotated[Scale | None, typer.Option(help="One range for all channels, or each its own")] = None,
+    scale: Annotated[
+        Scale | None, typer.Option(help="One range for all channels, or each its own (default: shared)")
+    ] = None,
     cmap: Annotated[str | None, typer.Option(help="A matplotlib colour map", metavar="NAME")] = None,
     overlay: Annotated[bool, typer.Option("--overlay", help="Draw the channels over the picture")] = False,
     output: Annotated[

@@ -111,11 +111,11 @@ def progress() -> Iterator[Callable[[Summary], None]]:
     task = bar.add_task("", total=None, rate=0.0, failed="")
 
     def update(summary: Summary) -> None:
-        bar.start()  # not before the first batch: the plan is printed until then
         failed = f"{summary.failed:,} failed" if summary.failed else ""
         seen = summary.done + summary.failed
         rate = summary.images_per_second
         bar.update(task, total=summary.rows, completed=seen, rate=rate, failed=failed)
+        bar.start()  # not before the first batch: until then the plan is printed
 
     try:
         yield update

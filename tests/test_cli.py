@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -317,3 +318,22 @@ def test_a_full_standard_output_is_an_error_of_one_line(tmp_path):
                              env=ENVIRONMENT)  # fmt: skip
     assert ran.returncode != 0
     assert "internal error" not in ran.stderr
+
+
+def test_the_help_states_the_librarys_defaults():
+    import inspect
+
+    from bbx import cli
+    from bbx.runner import extract
+
+    given = {name: item.default for name, item in inspect.signature(extract).parameters.items()}
+    shown = {}
+    for name, item in inspect.signature(cli.extract).parameters.items():
+        option = next(
+            iter(getattr(inspect.get_annotations(cli.extract, eval_str=True)[name], "__metadata__", ())), None
+        )
+        if match := re.search(r"\(default: (.+)\)", getattr(option, "help", "") or ""):
+            shown[name] = match[1]
+            assert item.default is None  # left to the library
+    stated = {name: str(value) for name, value in given.items() if isinstance(value, str | int) and value is not False}
+    assert stated.items() <= shown.items()
