@@ -5,7 +5,7 @@ The public names are loaded on first use, so that `import bbx` costs nothing and
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ __version__: str
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib import metadata  # a fifth of the time that `bbx --help` takes
+
         return metadata.version("bbx")
     if name not in _HOME:
         raise AttributeError(f"module 'bbx' has no attribute {name!r}")
