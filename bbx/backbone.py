@@ -1,45 +1,24 @@
 """A backbone: pixels in, one feature map per stage out, with no layer run past the deepest stage asked for.
 
 A provider supplies a network and, for each stage, the module whose output it is (a `Tap`); everything that all
-backbones share is here: hooks with early exit, channels-first layout, shapes and strides measured by dry forwards, and
-the check that what comes out is what was declared.
+backbones share is here and in `taps`: hooks with early exit, channels-first layout, shapes and strides measured by dry
+forwards, and the check that what comes out is what was declared.
 """
 
 from __future__ import annotations
 
-import fnmatch
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bbx.errors import ContractError, UsageError, WeightsError, nearest
-from bbx.spec import ModelRef, Precision, Preprocess, Stage, select_stages, storable_name
-
-Layout = Literal["nchw", "nhwc", "tokens", "as is"]
-
-
-@dataclass(frozen=True, slots=True)
-class Tap:
-    """Where a stage leaves the network: the output of `module`, in `layout`, at its `calls`-th call.
-
-    `tokens` are `(b, prefix + h·w, c)`, of which the first `prefix` (class token, registers) are no part of the map.
-    A `free` tap was asked for by path, not by stage name: its layout is found by measuring, and its output is cloned,
-    since a later in-place operation may write over it.
-    """
-
-    name: str
-    module: str
-    layout: Layout = "nchw"
-    prefix: int = 0
-    calls: int = 1
-    free: bool = False
-
+from bbx.errors import ContractError, UsageError, WeightsError
+from bbx.spec import ModelRef, Precision, Preprocess, Stage, select_stages
+from bbx.taps import Tap, capture, channels_first, free_taps, settled
 
 Forward = Callable[[Tensor, Sequence[Tap]], dict[str, Tensor]]
 """`(pixels, taps)` → each tap's raw output, in its own layout, having run nothing past the last one."""
@@ -85,7 +64,7 @@ class Backbone:
         paths = [path.strip() for path in layers.split(",")] if isinstance(layers, str) else list(layers)
         if isinstance(layers, str) and not any(paths):
             raise UsageError("--layers names no module", "leave it out, or name some: 'features.3,features.*.norm1'")
-        free, notes = _free_taps(self.network, [path for path in paths if path], self._pixels(self.preprocess.size))
+        free, notes = free_taps(self.network, [path for path in paths if path], self._pixels(self.preprocess.size))
         names = select_stages(self.stage_names, stages) if stages is not None or not free else ()
         wanted = [tap for tap in self.taps if tap.name in names]
         for tap in free:
@@ -172,7 +151,7 @@ class Backbone:
         index = {tap.name: place for place, tap in enumerate(self.taps)}
         taps, stages = [], []
         for name, output in first.items():  # a dict in firing order
-            tap = _settled(next(tap for tap in wanted if tap.name == name), output, second[name])
+            tap = settled(next(tap for tap in wanted if tap.name == name), output, second[name])
             if tap.free and output.ndim == 4 and output.shape == second[name].shape:
                 tap = self._settled_by_grids(tap, output)
             pairs = ((output, size), (second[name], other))
@@ -199,48 +178,6 @@ class Backbone:
             f"{tap.module} gives {tuple(output.shape[1:])}, and it cannot be seen which axes are height and width",
             "ask for the module that contains it",
         )
-
-
-class _Stop(Exception):
-    """Raised by the last hook, so that nothing after it runs; never leaves `capture`."""
-
-
-def capture(network: nn.Module, taps: Sequence[Tap], pixels: Tensor) -> dict[str, Tensor]:
-    """Each tap's raw output for `pixels` `(b, 3, h, w)`, in firing order; nothing past the last of them runs."""
-    caught: dict[str, Tensor] = {}
-    calls: Counter[str] = Counter()
-
-    def hook(tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            calls[tap.name] += 1
-            if calls[tap.name] == tap.calls:
-                tensor = output if isinstance(output, Tensor) else output[0]
-                caught[tap.name] = tensor.clone() if tap.free else tensor
-                if len(caught) == len(taps):
-                    raise _Stop
-
-        return keep
-
-    with ExitStack() as hooks:
-        for tap in taps:
-            hooks.callback(network.get_submodule(tap.module).register_forward_hook(hook(tap)).remove)
-        try:
-            network(pixels)
-        except _Stop:
-            return caught
-    return caught
-
-
-def channels_first(output: Tensor, tap: Tap, pixels: Tensor) -> Tensor:
-    """A raw output as `(b, c, fh, fw)`; what forms no grid stays `(b, t, d)` or `(b, c)`. A view, not a copy."""
-    if tap.layout == "nhwc":
-        return output.permute(0, 3, 1, 2)
-    if tap.layout == "tokens":
-        patches = output[:, tap.prefix :]
-        height, width = pixels.shape[-2:]
-        rows = round((patches.shape[1] * height / width) ** 0.5)
-        return patches.transpose(1, 2).reshape(len(patches), patches.shape[2], rows, -1)
-    return output
 
 
 def normalise(batch: Tensor, preprocess: Preprocess) -> Tensor:
@@ -282,75 +219,9 @@ def parameters_until(backbone: Backbone) -> dict[str, int]:
     return counts
 
 
-def _free_taps(network: nn.Module, paths: Sequence[str], pixels: Tensor) -> tuple[list[Tap], list[str]]:
-    """Taps for module paths and globs, with how often each is called, from one whole forward; and notes."""
-    if not paths:
-        return [], []
-    modules = dict(network.named_modules())
-    found = {path: _matching(modules, path) for path in paths}
-    outputs = _call_counts(network, [name for names in found.values() for name in names], pixels)
-    taps: dict[str, Tap] = {}
-    notes = []
-    for path, names in found.items():
-        unfit = {name: outputs[name] for name in names if isinstance(outputs[name], str)}
-        if len(unfit) == len(names):
-            name, reason = next(iter(unfit.items()))
-            raise UsageError(f"module {name!r} cannot be extracted: {reason}", "ask for the module that contains it")
-        if unfit:
-            name, reason = next(iter(unfit.items()))
-            notes.append(f"--layers {path}: {len(unfit)} modules left out, such as {name} ({reason})")
-        for name in names:
-            calls = outputs[name]
-            if isinstance(calls, int):
-                taps[name] = Tap(storable_name(name), name, "as is", calls=calls, free=True)
-    return list(taps.values()), notes
-
-
-def _matching(modules: dict[str, nn.Module], path: str) -> list[str]:
-    if path in modules and path:
-        return [path]
-    names = [name for name in modules if name and fnmatch.fnmatchcase(name, path)]
-    if not names:
-        close = ", ".join(nearest(path, modules)) or ", ".join(list(modules)[1:6])
-        raise UsageError(f"no module {path!r} in the network", f"nearest: {close}")
-    return names
-
-
-def _call_counts(network: nn.Module, names: Sequence[str], pixels: Tensor) -> dict[str, int | str]:
-    """How often each module runs in one whole forward, or why its output cannot be a stage."""
-    counts: dict[str, int | str] = dict.fromkeys(names, "it never runs in a forward")
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, (tuple, list)) and output else output
-            before = counts[name]
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                counts[name] = f"it gives a {type(tensor).__name__}, not a tensor of numbers"
-            elif tensor.shape[0] != len(pixels) or not 2 <= tensor.ndim <= 4:
-                counts[name] = f"it gives {tuple(tensor.shape)} for one image, not (1, c, h, w), (1, t, d) or (1, c)"
-            else:
-                counts[name] = before + 1 if isinstance(before, int) else 1
-
-        return count
-
-    with ExitStack() as hooks, torch.inference_mode():
-        for name in counts:
-            hooks.callback(network.get_submodule(name).register_forward_hook(hook(name)).remove)
-        network(pixels)
-    return counts
-
-
 def _other_size(height: int, width: int) -> tuple[int, int]:
     """A second size to measure at: both sides differ by a multiple of 64, hence of every usual stride."""
     return (height - 64 if height >= 192 else height + 64), (width - 128 if width >= 256 else width + 128)
-
-
-def _settled(tap: Tap, output: Tensor, other: Tensor) -> Tap:
-    """A free tap with its layout: where height and width are is seen by which axes follow the input's size."""
-    if not tap.free or output.ndim != 4:
-        return tap
-    moving = tuple(axis for axis in (1, 2, 3) if output.shape[axis] != other.shape[axis])
-    return replace(tap, layout="nhwc" if moving == (1, 2) else "nchw")
 
 
 def _stride(shapes: Sequence[tuple[int, ...]], height: int, other: int) -> float:

@@ -17,12 +17,14 @@ LAYERS = [
     {"plan"},
     {"images", "providers", "store"},
     {"backbone", "weights"},
+    {"taps"},
     {"spec"},
     {"errors"},
 ]
 # Third party at module level.
 HEAVY = {
-    "errors": set(), "spec": set(), "backbone": {"torch"}, "weights": {"torch"}, "images": {"PIL", "numpy"},
+    "errors": set(), "spec": set(), "backbone": {"torch"}, "weights": {"torch"}, "taps": {"torch"},
+    "images": {"PIL", "numpy"},
     "store": {"h5py", "numpy"}, "runner": {"torch", "numpy"}, "plan": {"torch"}, "dataset": {"torch", "numpy"},
     "show": {"numpy"},
     "plots": {"numpy", "matplotlib"}, "console": {"rich"}, "facts": set(), "cli": {"typer"}, "__main__": set(),
@@ -32,7 +34,8 @@ HEAVY = {
 }  # fmt: skip
 # Anywhere, inside functions too.
 NEVER = {
-    "backbone": {"h5py", "PIL"}, "store": {"torch", "matplotlib", "rich", "PIL"}, "plots": {"torch", "h5py"},
+    "backbone": {"h5py", "PIL"}, "taps": {"h5py", "PIL"},
+    "store": {"torch", "matplotlib", "rich", "PIL"}, "plots": {"torch", "h5py"},
     "images": {"torch", "h5py"}, "console": {"torch", "typer"}, "runner": {"rich", "typer", "matplotlib"},
     "providers": {"h5py", "rich"}, "errors": {"torch", "numpy"}, "spec": {"torch", "numpy"},
 }  # fmt: skip

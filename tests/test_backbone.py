@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from bbx.backbone import Backbone, Tap, normalise, parameters_until
+from bbx.backbone import Backbone, normalise, parameters_until
 from bbx.errors import ContractError, UsageError
 from bbx.providers import load_backbone
 from bbx.spec import ModelRef, Preprocess
+from bbx.taps import Tap
 from tests.toy import PREPROCESS, TAPS, Toy
 
 

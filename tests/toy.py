@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bbx.backbone import Backbone, Tap
+from bbx.backbone import Backbone
 from bbx.errors import UsageError
 from bbx.spec import ModelRef, Preprocess
+from bbx.taps import Tap
 from bbx.weights import digest, load_into, read_state_dict
 
 

