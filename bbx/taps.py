@@ -35,6 +35,9 @@ class Tap:
     free: bool = False
 
 
+_NEVER = "it never runs in a forward"
+
+
 class _Stop(Exception):
     """Raised by the last hook, so that nothing after it runs; never leaves `capture`."""
 
@@ -113,7 +116,7 @@ def _matching(modules: dict[str, nn.Module], path: str) -> list[str]:
 
 def _call_counts(network: nn.Module, names: Sequence[str], pixels: Tensor) -> dict[str, int | str]:
     """How often each module runs in one whole forward, or why its output cannot be a stage."""
-    counts: dict[str, int | str] = dict.fromkeys(names, "it never runs in a forward")
+    counts: dict[str, int | str] = dict.fromkeys(names, _NEVER)
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -131,7 +134,11 @@ def _call_counts(network: nn.Module, names: Sequence[str], pixels: Tensor) -> di
     with ExitStack() as hooks, torch.inference_mode():
         for name in counts:
             hooks.callback(network.get_submodule(name).register_forward_hook(hook(name)).remove)
-        network(pixels)
+        try:
+            network(pixels)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = f"the network breaks off before it: {str(error).partition(chr(10))[0]}"
+            counts.update((name, reason) for name, count in counts.items() if count == _NEVER)
     return counts
 
 

@@ -154,6 +154,12 @@ def test_a_module_that_cannot_be_a_stage_is_refused_with_the_reason(path, words)
     assert all(word in f"{caught.value.message} {caught.value.hint}" for word in words)
 
 
+def test_layers_of_an_input_too_small_for_the_network_say_so():
+    with pytest.raises(UsageError, match="breaks off before it: "):
+        load_backbone("inception_v3", weights="random", layers="Mixed_7c", size=40)
+    assert load_backbone("inception_v3", weights="random", layers="Conv2d_1a_3x3", size=40).stages
+
+
 def test_an_output_other_than_declared_is_a_contract_error():
     class Changing(Toy):
         wide = False
