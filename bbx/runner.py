@@ -270,8 +270,10 @@ def _compute(plan: Plan, pixels: NDArray[np.uint8], summary: Summary) -> dict[st
     maps = {}
     for name, tensor in plan.backbone(batch).items():
         pooled = _pooled(tensor.float(), plan.run.pool)
-        if odd := pooled.numel() - int(pooled.isfinite().sum()):
-            summary.nonfinite[name] = summary.nonfinite.get(name, 0) + odd
+        if not pooled.sum().isfinite():  # one pass; a NaN or infinity anywhere reaches the sum
+            odd = pooled.numel() - int(pooled.isfinite().sum())
+            if odd:  # the sum of finite values may overflow by itself
+                summary.nonfinite[name] = summary.nonfinite.get(name, 0) + odd
         if plan.run.dtype == "float16":
             half = pooled.half()
             lost = int((half.isinf() & ~pooled.isinf()).sum())
