@@ -44,7 +44,7 @@ def plain(text: object) -> Text:
 def error(problem: BbxError) -> None:
     """The error and its hint, on stderr."""
     console = _console(stderr=True)
-    console.print(Text("error: ", "bold red") + _lines(problem.message))
+    console.print(Text("error: ", "bold red") + _lines(problem.message), soft_wrap=True)
     for line in problem.hint.splitlines():
         console.print(Text("  hint: ", "cyan") + plain(line), soft_wrap=True)
     for line in getattr(problem, "__notes__", ()):
