@@ -262,7 +262,9 @@ def test_control_characters_become_a_replacement_sign() -> None:
     "shape", [(1, 7, 7), (3, 1, 1), (2, 224, 224), (5, 3, 90), (5, 90, 3), (1, 1, 900), (70, 2, 2)]
 )
 def test_any_shape_draws(shape: tuple[int, ...]) -> None:
-    pixels(channel_grid(np.random.default_rng(0).normal(size=shape)))
+    figure = channel_grid(np.random.default_rng(0).normal(size=shape))
+    assert " × ".join(map(str, shape)) in texts(figure)
+    assert len(np.unique(pixels(figure)[..., :3].reshape(-1, 3), axis=0)) > 10
 
 
 def test_every_one_of_2048_channels_has_its_tile() -> None:
@@ -296,17 +298,18 @@ def test_every_one_of_2048_channels_has_its_tile() -> None:
     ids=["nan", "inf", "1e30", "1e300", "denormal", "tiny", "half", "int64", "uint8", "bool", "const", "offset", "neg"],
 )
 def test_any_numbers_draw_without_a_warning(maps: np.ndarray[Any, Any]) -> None:
-    pixels(channel_grid(maps))
+    assert pixels(channel_grid(maps)).dtype == np.uint8
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        painted(maps, "channel")
-        painted(maps, "shared", "RdBu")
+        assert painted(maps, "channel").shape == (*np.shape(maps), 3)
+        assert painted(maps, "shared", "RdBu").shape == (*np.shape(maps), 3)
         paint(Tiles.of(np.asarray(maps, np.float64), [""] * len(maps), "shared", None), (9, 7), PICTURE)
 
 
 @pytest.mark.parametrize("scale", ["shared", "channel"])
 def test_a_sheet_of_nothing_finite_draws(scale: str) -> None:
-    pixels(contact_sheet({"stem": np.full((2, 3, 3), np.nan), "stage1": MAPS}, picture=PICTURE, scale=scale))
+    figure = contact_sheet({"stem": np.full((2, 3, 3), np.nan), "stage1": MAPS}, picture=PICTURE, scale=scale)
+    assert count(figure, NAN) > 0
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 3), (3, 0, 3), (3, 3, 0), (0,), (0, 4), (), (2, 3, 4, 5)])
