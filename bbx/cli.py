@@ -165,13 +165,16 @@ def show(
     from bbx import console
     from bbx import show as drawing
 
-    backbone = _given(layers=layers, weights=weights, seed=seed, size=_size(size), resize_mode=resize_mode, exif=exif)
+    options = _given(layers=layers, weights=weights, seed=seed, size=_size(size), resize_mode=resize_mode, exif=exif)
     if model:
+        from bbx.providers import load_backbone
+
         if image or root:
             raise UsageError("--image and --root choose from a feature file, not with --model", "name the image itself")
-        subjects = drawing.from_image(source, model=model, **_given(stages=stages), **backbone)
-    elif backbone:
-        raise UsageError(f"--{next(iter(backbone)).replace('_', '-')} needs --model", "bbx show image.jpg --model NAME")
+        wanted = stages if stages or layers else "all"
+        subjects = drawing.from_image(source, load_backbone(model, stages=wanted, **options))
+    elif options:
+        raise UsageError(f"--{next(iter(options)).replace('_', '-')} needs --model", "bbx show image.jpg --model NAME")
     else:
         subjects = drawing.from_file(source, root=root, tell=console.note, **_given(images=image, stages=stages))
     figures = drawing.draw(subjects, drawing.Look(channels, scale, cmap, overlay))

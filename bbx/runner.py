@@ -89,15 +89,16 @@ def extract(
     Raises `UsageError`, `StartError` and its kin (weights, input, disk, another run's file), `WriteError`,
     `InterruptedRunError`, and with `on_error="fail"` `ImageError`. A failed row is no error: see `Summary.failures`.
     """
-    _check_words(dtype, precision, pool, mode, on_error, exif, resize_mode or "crop")
+    _check_words(dtype, precision, pool, mode, on_error)
     if any(count is not None and count < 1 for count in (batch_size, workers)):
         raise UsageError("--batch-size and --workers are at least 1", "leave them out for the defaults")
     where = find_device(device)
     inputs = [images] if isinstance(images, (str, os.PathLike)) else images
     ref = resolve(model, weights=weights)
     found = find_images(inputs, stdin=stdin)  # before the weights, which may be a download
-    backbone = load_backbone(ref, seed=seed, stages=stages, layers=layers, size=size)
-    backbone = override(backbone, resize_mode, exif).to(where, precision=precision)
+    backbone = load_backbone(
+        ref, seed=seed, stages=stages, layers=layers, size=size, resize_mode=resize_mode, exif=exif
+    ).to(where, precision=precision)
     run = RunSpec(
         model=str(backbone.ref),
         weights=backbone.weights,
@@ -135,8 +136,6 @@ def _check_words(*values: str) -> None:
         ("pool", Pool),
         ("mode", Mode),
         ("on-error", OnError),
-        ("exif", ExifMode),
-        ("resize-mode", ResizeMode),
     )
     for (option, words), value in zip(options, values, strict=True):
         one_of(f"--{option}", value, words)
@@ -152,11 +151,6 @@ def features(backbone: Backbone, path: str | os.PathLike[str]) -> tuple[NDArray[
     with torch.inference_mode():
         maps = backbone(normalise(torch.from_numpy(picture)[None].to(device), backbone.preprocess))
     return picture, {name: tensor[0].float().cpu().numpy() for name, tensor in maps.items()}
-
-
-def override(backbone: Backbone, resize_mode: ResizeMode | None, exif: ExifMode | None) -> Backbone:
-    """The backbone with the user's wishes on its preprocessing; shapes stay, since the size does."""
-    return replace(backbone, preprocess=backbone.preprocess.override(mode=resize_mode, exif=exif))
 
 
 def _failed_before(target: Target) -> dict[str, str]:

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from bbx import plots
 from bbx.errors import ImageError, StartError, UsageError
 from bbx.images import read_image
-from bbx.spec import ExifMode, ResizeMode, Scale, select_stages
+from bbx.spec import Scale, select_stages
 from bbx.store import FeatureFile, open_finished_or_partial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from bbx.backbone import Backbone
 
 # Without --image a file of a million rows is not drawn whole.
 DEFAULT_IMAGES = 8
@@ -82,28 +84,10 @@ def from_file(
             yield Subject(file.keys[row], row, maps, {name: file.stages[name].stride for name in names}, picture)
 
 
-def from_image(
-    path: str | os.PathLike[str],
-    *,
-    model: str,
-    stages: str | Iterable[str | int] | None = None,
-    layers: str | Iterable[str] = (),
-    weights: str = "auto",
-    seed: int = 0,
-    size: int | tuple[int, int] | None = None,
-    resize_mode: ResizeMode | None = None,
-    exif: ExifMode | None = None,
-) -> Iterator[Subject]:
-    """One image straight through a model, no file between; `stages` default: the stem and every stage.
+def from_image(path: str | os.PathLike[str], backbone: Backbone) -> Iterator[Subject]:
+    """One image straight through a model, no file between. Raises `StartError` for what is no readable image."""
+    from bbx.runner import features
 
-    The options are those of `runner.extract`. Raises what `load_backbone` does, `StartError` for a bad image.
-    """
-    from bbx.providers import load_backbone
-    from bbx.runner import features, override
-
-    stages = "all" if stages is None and not layers else stages
-    backbone = load_backbone(model, weights=weights, seed=seed, stages=stages, layers=layers, size=size)
-    backbone = override(backbone, resize_mode, exif)
     try:
         picture, maps = features(backbone, path)
     except ImageError as error:

@@ -52,7 +52,7 @@ class Run:
 def lay_out(runs: list[Run], *, skipped: int, warnings: list[str]) -> ImageList:
     """The list of all `runs`, in their order, each file once; changes `runs`."""
     if repeats := _drop_repeats(runs):
-        warnings = [*warnings, f"{repeats} files were named more than once: each is one row"]
+        warnings = [*warnings, f"named more than once, each being one row: {repeats}"]
     _root_files(runs)
     runs = [run for run in runs if run.names]
     prefixes = _prefixes(runs)

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bbx.errors import UsageError, nearest
-from bbx.spec import ModelRef
+from bbx.spec import ExifMode, ModelRef, ResizeMode, one_of
 
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
@@ -76,18 +76,24 @@ def load_backbone(
     stages: str | Iterable[str | int] | None = None,
     layers: str | Iterable[str] = (),
     size: int | tuple[int, int] | None = None,
+    resize_mode: ResizeMode | None = None,
+    exif: ExifMode | None = None,
 ) -> Backbone:
     """The backbone `model` names, giving `stages` (default: the last) and `layers` (module paths or globs).
 
     `weights`: `auto` (the default pretrained ones), `random` (by `seed`), a file's path, or an enum member's name.
-    `size`: input (height, width) in pixels, default the weights' own. Raises `UsageError`, `WeightsError`.
+    `size`, input (height, width) in pixels, `resize_mode` and `exif` override the weights' own preprocessing.
+    Raises `UsageError`, `WeightsError`.
     """
     ref = resolve(model, weights=weights)
+    one_of("--resize-mode", resize_mode or "crop", ResizeMode)
+    one_of("--exif", exif or "apply", ExifMode)
     height_width = (size, size) if isinstance(size, int) else size
     if height_width is not None and (len(height_width) != 2 or not all(isinstance(side, int) for side in height_width)):
         raise UsageError(f"size {size!r} is no size", "pixels, such as 224, or (height, width)")
     backbone: Backbone = import_module(PROVIDERS[ref.provider]).load(ref, seed=seed, size=height_width)
-    return backbone.select(stages, layers=layers)
+    preprocess = backbone.preprocess.override(mode=resize_mode, exif=exif)
+    return replace(backbone, preprocess=preprocess).select(stages, layers=layers)
 
 
 def load_structure(model: str | ModelRef, *, weights: str = "auto", size: tuple[int, int] | None = None) -> Backbone:

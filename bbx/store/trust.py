@@ -131,7 +131,7 @@ def _descriptor(path: Path) -> int:
     try:
         if path.is_file():
             return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-        reason = "is a folder" if path.is_dir() else "does not exist"
+        reason = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
     except (OSError, ValueError) as error:
         reason = f"cannot be read: {error}"
     raise FileError(f"{path} {reason}", "give the .h5 file that bbx extract made")
