@@ -7,6 +7,7 @@ forwards, and the check that what comes out is what was declared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -31,7 +32,9 @@ class Backbone:
     `taps` are all stages in network order, `wanted` the ones that a call computes (`select` changes them).
     `weights` says where the weights come from, `weights_digest` is the SHA-256 of their values, `untrained` names
     the modules of the classifier that they do not fit, `notes` is what a user should know. In evaluation mode;
-    gradients flow unless the caller forbids them.
+    gradients flow unless the caller forbids them. `forward` is the provider's own way to the maps where hooks will
+    not do, `attend` its way to the attention maps `(b, heads, t, t)`. `config` is the JSON text of what the network was
+    built from where its name does not say it: an assembled model, options, a folder's configuration.
     """
 
     ref: ModelRef
@@ -45,6 +48,8 @@ class Backbone:
     wanted: tuple[Tap, ...] = ()
     forward: Forward | None = None
     precision: Precision = "float32"
+    config: str = ""
+    attend: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -76,7 +81,7 @@ class Backbone:
                 wanted.append(tap)
         if self.untrained:
             notes.append(f"the weights ({self.weights}) do not fit {', '.join(self.untrained)}, which no stage uses")
-        return replace(self, wanted=tuple(wanted), notes=tuple(notes))
+        return replace(self, wanted=tuple(wanted), notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
     def _check_trained(self, tap: Tap) -> None:
         for module in self.untrained:
@@ -137,7 +142,7 @@ class Backbone:
         with torch.inference_mode():
             try:
                 first = self._run(self._pixels(size), wanted)
-            except (AssertionError, RuntimeError, ValueError) as error:
+            except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UsageError(
                     f"{self.ref} cannot take an input of {size[0]}x{size[1]} pixels: {reason}",
@@ -146,9 +151,10 @@ class Backbone:
             other = _other_size(*size)
             try:
                 second = self._run(self._pixels(other), wanted)
-            except (AssertionError, RuntimeError, ValueError):
+            except (AssertionError, LookupError, RuntimeError, TypeError, ValueError):
                 second, other = first, size  # a network of one fixed size, such as a ViT
-        index = {tap.name: place for place, tap in enumerate(self.taps)}
+        first_index = int(self.taps[0].name == "stage1")  # a network without a stem: index N is stageN all the same
+        index = {tap.name: place for place, tap in enumerate(self.taps, first_index)}
         taps, stages = [], []
         for name, output in first.items():  # a dict in firing order
             tap = settled(next(tap for tap in wanted if tap.name == name), output, second[name])
@@ -156,7 +162,7 @@ class Backbone:
                 tap = self._settled_by_grids(tap, output)
             pairs = ((output, size), (second[name], other))
             shapes = [tuple(channels_first(raw, tap, self._pixels(at)).shape[1:]) for raw, at in pairs]
-            stride = _stride(shapes, size[0], other[0])
+            stride = _stride(shapes, size, other)
             taps.append(tap)
             stages.append(Stage(name, shapes[0], stride, tap.module, None if tap.free else index[name]))
         if missing := [tap for tap in wanted if tap.name not in first]:
@@ -183,39 +189,74 @@ class Backbone:
 def normalise(batch: Tensor, preprocess: Preprocess) -> Tensor:
     """`(b, h, w, 3)` uint8 RGB → `(b, 3, h, w)` float32 network input, on the batch's device.
 
-    The same operations in the same order as torchvision's `convert_image_dtype` and `normalize`, hence the same bits.
+    The same operations in the same order as torchvision's `convert_image_dtype` and `normalize`, hence the same bits;
+    where a transformers image processor is the preprocessing, that processor's own.
     """
+    if preprocess.processor:
+        from bbx.processor import floats
+
+        return floats(batch, preprocess)
     pixels = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     mean = pixels.new_tensor(preprocess.mean).view(3, 1, 1)
     std = pixels.new_tensor(preprocess.std).view(3, 1, 1)
     return pixels.sub_(mean).div_(std)
 
 
-def parameters_until(backbone: Backbone) -> dict[str, int]:
-    """Parameters used up to and including each stage: those of every module that had run when its map came out."""
+def parameters_by_stage(backbone: Backbone) -> dict[str, tuple[str, ...]]:
+    """The names of the parameters that each stage is the first to use, whether or not it was selected."""
     every = backbone.select("all")
-    taps, _ = every._measured  # before the hooks below: measuring runs the network too
-    counts: dict[str, int] = {}
-    used: set[int] = set()
-    size_of = {id(parameter): parameter.numel() for parameter in backbone.network.parameters()}
+    network = backbone.network
+    used_by: dict[str, set[str]] = {}
+    modules = {name for name, _ in network.named_modules() if name}
+    hooked = [tap for tap in every._measured[0] if tap.module in modules]
+    used_by.update(_used(every, hooked))
+    for tap in every.taps:
+        if tap.name not in used_by:  # no module's output is its map: what runs for it alone is what it uses
+            alone = backbone.select([tap.name])
+            used_by[tap.name] = _used(alone, ())[""]
+    found: dict[str, tuple[str, ...]] = {}
+    before: set[str] = set()
+    for name in every.stage_names:
+        own = used_by[name] - before
+        found[name] = tuple(key for key, _ in network.named_parameters() if key in own)
+        before |= used_by[name]
+    return found
+
+
+def _used(backbone: Backbone, taps: Sequence[Tap]) -> dict[str, set[str]]:
+    """Names of the parameters of all modules that had run when each tap's module was left, and under "" at the end."""
+    network = backbone.network
+    name_of = {id(parameter): name for name, parameter in network.named_parameters()}
+    used: set[str] = set()
+    snapshots: dict[str, set[str]] = {}
+    by_module: dict[int, list[Tap]] = {}
+    for tap in taps:
+        by_module.setdefault(id(network.get_submodule(tap.module)), []).append(tap)
 
     def entered(module: nn.Module, _inputs: Any) -> None:
-        used.update(id(parameter) for parameter in module.parameters(recurse=False))
+        used.update(name_of[id(parameter)] for parameter in module.parameters(recurse=False))
 
     def left(module: nn.Module, _inputs: Any, _output: Any) -> None:
         # Some parents use a child's weights without calling it (attention), so a finished module counts whole.
-        used.update(id(parameter) for parameter in module.parameters())
+        used.update(name_of[id(parameter)] for parameter in module.parameters() if id(parameter) in name_of)
         for tap in by_module.get(id(module), ()):
-            counts[tap.name] = sum(size_of[key] for key in used)
+            snapshots[tap.name] = set(used)
 
-    by_module: dict[int, list[Tap]] = {}
-    for tap in taps:
-        by_module.setdefault(id(backbone.network.get_submodule(tap.module)), []).append(tap)
     with ExitStack() as hooks, torch.inference_mode():
-        for module in backbone.network.modules():
+        for module in network.modules():
             hooks.callback(module.register_forward_pre_hook(entered).remove)
             hooks.callback(module.register_forward_hook(left).remove)
-        every(every._pixels(every.preprocess.size))
+        backbone(backbone._pixels(backbone.preprocess.size))
+    return {**snapshots, "": used}
+
+
+def parameters_until(backbone: Backbone) -> dict[str, int]:
+    """How many parameters run until each stage's map is out."""
+    size_of = {name: parameter.numel() for name, parameter in backbone.network.named_parameters()}
+    total, counts = 0, {}
+    for stage, names in parameters_by_stage(backbone).items():
+        total += sum(size_of[name] for name in names)
+        counts[stage] = total
     return counts
 
 
@@ -224,9 +265,24 @@ def _other_size(height: int, width: int) -> tuple[int, int]:
     return (height - 64 if height >= 192 else height + 64), (width - 128 if width >= 256 else width + 128)
 
 
-def _stride(shapes: Sequence[tuple[int, ...]], height: int, other: int) -> float:
-    """Input pixels per cell, from how many rows are gained as the input grows: rounding at the border cancels out."""
+def _stride(shapes: Sequence[tuple[int, ...]], size: tuple[int, int], other: tuple[int, int]) -> float:
+    """Input pixels per cell, by height: the number that explains the cells of both sizes, borders rounded as may be.
+
+    How many cells are gained as the input grows tells it best, since what is cut off or added at the border cancels
+    out; for few cells that is blurred too, and of the numbers that fit, a power of two is the likeliest.
+    """
     if len(shapes[0]) != 3:
         return 0.0
-    rows, other_rows = shapes[0][1], shapes[1][1]
-    return abs(height - other) / abs(rows - other_rows) if rows != other_rows else height / rows
+    rows, columns = shapes[0][1:]
+    sides = [*zip(size, shapes[0][1:], strict=True), *zip(other, shapes[1][1:], strict=True)]
+    gained = [
+        abs(size[axis] - other[axis]) / abs(shapes[0][axis + 1] - shapes[1][axis + 1])
+        for axis in (0, 1)
+        if shapes[0][axis + 1] != shapes[1][axis + 1]
+    ]
+    if not gained:
+        return size[0] / rows
+    guesses = [*gained, size[0] / rows, size[1] / columns, 2.0 ** round(math.log2(size[0] / rows))]
+    fitting = [guess for guess in guesses if all(abs(side / guess - cells) < 1.5 for side, cells in sides)]
+    ranked = sorted(fitting, key=lambda guess: (not math.log2(guess).is_integer(), not guess.is_integer()))
+    return ranked[0] if ranked else gained[0]

@@ -24,6 +24,9 @@ class BbxError(Exception):
         self.message = message
         self.hint = hint
 
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
     def __reduce__(self) -> tuple[type[BbxError], tuple[str, str]]:
         # The default would lose the hint when the error crosses a process.
         return type(self), (self.message, self.hint)
@@ -43,6 +46,16 @@ class StartError(BbxError):
 
 class WeightsError(StartError):
     """The weights asked for cannot be had here, or do not fit the model."""
+
+
+class MissingExtraError(StartError):
+    """A package that only an extra of bbx brings is not installed; made from its name, which is the extra's."""
+
+    def __init__(self, package: str, hint: str = "") -> None:
+        super().__init__(f"{package} is not installed", hint or f"pip install 'bbx[{package}]'")
+
+    def __reduce__(self) -> tuple[type[BbxError], tuple[str, str]]:
+        return type(self), (self.message.partition(" ")[0], self.hint)
 
 
 class RunMismatchError(StartError):

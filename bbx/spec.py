@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -23,9 +23,12 @@ Pool = Literal["none", "avg", "max"]
 Mode = Literal["auto", "new", "resume", "overwrite"]
 OnError = Literal["skip", "fail"]
 Scale = Literal["shared", "channel"]
+Norm = Literal["raw", "native"]
 
 # An input of 8192 × 8192: beyond it lie typing errors and hostile files.
 _MOST_PIXELS = 1 << 26
+# Holds index 0 in a network without a stem, so that index N is stageN everywhere; no name that a user can type.
+_NO_STEM = ""
 _STAGE_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _TAKEN_NAMES = frozenset({"image", "path", "status", "checksum", "provenance", "plot", ".", ".."})
 
@@ -50,6 +53,29 @@ class ModelRef:
 
     def __str__(self) -> str:
         return f"{self.provider}:{self.name}" if self.provider else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """How a provider is to build a model.
+
+    `seed` is of random weights, `size` the input's (height, width) in pixels where it is not the weights' own.
+    `structure`: no weights at all, parameters on torch's meta device, for shapes only. `norm`: `raw` gives what the
+    model computes in its ordinary forward, `native` what the library's own backbone class returns (transformers'
+    extra norms). `tokens`: the stages of a plain ViT as `(t, d)`, its prefix tokens kept. `options` are the library's
+    own arguments of the model: fields of a transformers configuration, arguments of timm's or torchvision's builder.
+    """
+
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    structure: bool = False
+    norm: Norm = "raw"
+    tokens: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+BUILD = Build()
+"""As the weights have it: what a provider builds when nothing is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +130,80 @@ def select_stages(available: Sequence[str], wanted: str | Iterable[str | int] | 
     `wanted` is a comma-separated text or a sequence of names, indices, negative indices and ranges (`stem..stage2`,
     `0-2`, `1..-1`), or `all`; None means the last stage. Any order, repeats allowed.
 
-    Raises `UsageError` naming the valid stages and the nearest match.
+    Index N is stageN: where a network has no stem, index 0 is nobody's. Raises `UsageError` naming the valid stages
+    and the nearest match.
     """
     if wanted is None:
         return (available[-1],)
+    if available[0] == "stage1":
+        available = (_NO_STEM, *available)
     words = wanted.split(",") if isinstance(wanted, str) else list(wanted)
     words = [word.strip() if isinstance(word, str) else word for word in words]
     chosen: set[int] = set()
     for word in words:
         chosen.update(_positions(available, word))
     if not chosen:
-        raise UsageError("no stage was asked for", f"valid stages: {', '.join(available)}")
+        raise UsageError("no stage was asked for", f"valid stages: {_numbered(available)}")
     return tuple(available[position] for position in sorted(chosen))
+
+
+def align_stages(
+    available: Sequence[str], out_features: Sequence[str] | None = None, out_indices: Sequence[int] | None = None
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The stages asked for by name, by index, or by both at once, as `(names, indices)`, indices not negative.
+
+    transformers' rules (`BackboneConfigMixin`), made strict: both given must be the same stages; no duplicates, in
+    network order, at least one; names are a list or tuple of str, indices one of int. Neither means the last stage.
+    Raises `UsageError`, a `ValueError`, with the valid stages.
+    """
+    slots = (_NO_STEM, *available) if available[0] == "stage1" else tuple(available)
+    valid = f"valid stages: {_numbered(slots)}"
+    if out_features is None and out_indices is None:
+        return (slots[-1],), (len(slots) - 1,)
+    named = None if out_features is None else _checked_list("out_features", out_features, str, "['stage1']", valid)
+    numbered = None if out_indices is None else _checked_list("out_indices", out_indices, int, "[1]", valid)
+    places = None if named is None else [_position_of_name(slots, name) for name in named]
+    indices = None if numbered is None else [_position(slots, index) for index in numbered]
+    for option, given, found in (("out_features", named, places), ("out_indices", numbered, indices)):
+        if found is None:
+            continue
+        if len(set(found)) < len(found):
+            raise UsageError(f"{option} {given} asks for a stage twice", valid)
+        if found != sorted(found):
+            ordered = [word for _, word in sorted(zip(found, given or (), strict=True))]
+            raise UsageError(f"{option} {given} is not in the network's order", f"type {ordered}; {valid}")
+    if places is not None and indices is not None and places != indices:
+        raise UsageError(f"out_features {named} and out_indices {numbered} are not the same stages", valid)
+    chosen = places if places is not None else indices or []
+    return tuple(slots[place] for place in chosen), tuple(chosen)
+
+
+def _checked_list(option: str, given: object, kind: type, example: str, valid: str) -> list[Any]:
+    if not isinstance(given, (list, tuple)):
+        raise UsageError(f"{option} is {given!r}, not a list", f"type {option}={example}; {valid}")
+    for word in given:
+        if not isinstance(word, kind) or isinstance(word, bool):
+            raise UsageError(f"{option} holds {word!r}, which is no {kind.__name__}", valid)
+    if not given:
+        raise UsageError(f"{option} is empty: no stage was asked for", valid)
+    return list(given)
+
+
+def _position_of_name(slots: Sequence[str], name: str) -> int:
+    if name in slots and name != _NO_STEM:
+        return slots.index(name)
+    if name == "stem":
+        raise UsageError("this network has no stem", f"valid stages: {_numbered(slots)}")
+    close = nearest(name, slots, 1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    raise UsageError(f"out_features has no stage {name!r}", f"{meant}valid stages: {_numbered(slots)}")
 
 
 def _positions(available: Sequence[str], word: str | int) -> Iterable[int]:
     if word == "":
         return ()
     if word == "all":
-        return range(len(available))
+        return range(available[0] == _NO_STEM, len(available))
     if isinstance(word, int) or word in available:
         return (_position(available, word),)
     if match := re.fullmatch(r"(.+?)\.\.(.+)|(\d+)-(\d+)", word):
@@ -138,6 +219,8 @@ def _swapped(match: re.Match[str]) -> str:
 
 
 def _position(available: Sequence[str], word: str | int) -> int:
+    if isinstance(word, str) and word.lower() == "stem" and available[0] == _NO_STEM:
+        raise UsageError("this network has no stem", f"valid stages: {_numbered(available)}")
     if isinstance(word, str):
         folded = [name.lower() for name in available]
         if word.lower() in folded:
@@ -149,11 +232,13 @@ def _position(available: Sequence[str], word: str | int) -> int:
     index = int(word)
     if isinstance(word, bool) or not -len(available) <= index < len(available):
         raise UsageError(f"no stage with index {word}", f"valid stages: {_numbered(available)}")
+    if available[index] == _NO_STEM:
+        raise UsageError("this network has no stem (index 0)", f"valid stages: {_numbered(available)}")
     return index % len(available)
 
 
 def _numbered(available: Sequence[str]) -> str:
-    return ", ".join(f"{name} ({index})" for index, name in enumerate(available))
+    return ", ".join(f"{name} ({index})" for index, name in enumerate(available) if name != _NO_STEM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +249,8 @@ class Preprocess:
     centre; `squash`: scale to `size`, ignoring the aspect; `pad`: scale to fit inside `size`, fill with `mean`.
     `interpolation` is Pillow's filter name; `mean` and `std` are per RGB channel, on a 0..1 scale.
     `exif`: whether the orientation tag is applied first, so that the network sees the picture as a person does.
+    `processor`: where it is not empty, the JSON text of the transformers image processor that does all but the
+    orientation; the numbers then only describe it.
     """
 
     size: tuple[int, int]
@@ -173,18 +260,30 @@ class Preprocess:
     std: tuple[float, float, float]
     mode: ResizeMode = "crop"
     exif: ExifMode = "apply"
+    processor: str = ""
 
     def override(
         self, *, size: tuple[int, int] | None = None, mode: ResizeMode | None = None, exif: ExifMode | None = None
     ) -> Preprocess:
-        """A copy with the user's wishes; a new `size` keeps the weights' own ratio of resize to crop."""
+        """A copy with the user's wishes; a new `size` keeps the weights' own ratio of resize to crop.
+
+        Another size or mode is no longer what an image processor of transformers does: bbx's own resize takes over.
+        """
         changed = self
+        if (size or self.size) != self.size or (mode or self.mode) != self.mode:
+            changed = replace(changed, processor="")
         if size is not None and size != self.size:
             if min(size) < 1 or math.prod(size) > _MOST_PIXELS:
                 raise UsageError(f"size {size[0]}x{size[1]} is out of range", "give pixels, such as --size 224")
             ratio = self.resize / min(self.size)
             changed = replace(changed, size=size, resize=round(min(size) * ratio))
         return replace(changed, mode=mode or self.mode, exif=exif or self.exif)
+
+    @property
+    def processor_name(self) -> str:
+        """The class of the image processor, empty where bbx itself resizes and normalises."""
+        found = re.search(r'"image_processor_type": ?"(\w+)"', self.processor)
+        return found[1] if found else ""
 
     def describe(self) -> str:
         """One line, as the plan and `bbx stages` print it."""
@@ -195,12 +294,16 @@ class Preprocess:
             "pad": f"resize into {height}x{width} ({self.interpolation}), padded with the mean",
         }[self.mode]
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
-        return f"{how}, mean ({mean}), std ({std}), EXIF orientation {self.exif}"
+        by = f"{self.processor_name}: " if self.processor_name else ""
+        return f"{by}{how}, mean ({mean}), std ({std}), EXIF orientation {self.exif}"
 
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What makes a run this run: two runs are the same exactly when these are equal (`weights`, a label, aside)."""
+    """What makes a run this run: two runs are the same exactly when these are equal (`weights`, a label, aside).
+
+    `config` is the JSON text of an assembled model's configuration, empty for a model that its name describes.
+    """
 
     model: str
     weights_digest: str
@@ -209,6 +312,8 @@ class RunSpec:
     dtype: Dtype = "float32"
     pool: Pool = "none"
     precision: Precision = "float32"
+    norm: Norm = "raw"
+    config: str = ""
     weights: str = field(default="", compare=False)
 
     @property
@@ -219,7 +324,7 @@ class RunSpec:
     @property
     def sha256(self) -> str:
         """Hex digest of the fields that are compared."""
-        compared = {name: value for name, value in asdict(self).items() if name != "weights"}
+        compared = {name: value for name, value in self._written().items() if name != "weights"}
         return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: RunSpec) -> list[tuple[str, str, str]]:
@@ -242,7 +347,19 @@ class RunSpec:
 
     def to_json(self) -> str:
         """The text that the feature file records."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self._written(), sort_keys=True)
+
+    def _written(self) -> dict[str, Any]:
+        """As data, without what says nothing more than files say that are older than the field."""
+        data = asdict(self)
+        for holder, name, usual in (
+            (data, "norm", "raw"),
+            (data, "config", ""),
+            (data["preprocess"], "processor", ""),
+        ):
+            if holder[name] == usual:
+                del holder[name]
+        return data
 
     @classmethod
     def from_json(cls, text: str) -> RunSpec:
@@ -254,7 +371,7 @@ class RunSpec:
             run: RunSpec = _checked(cls, {**data, "stages": stages, "preprocess": preprocess})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FileError(f"the run description is damaged ({type(error).__name__}: {error})") from None
-        for name, allowed in (("dtype", Dtype), ("pool", Pool), ("precision", Precision)):
+        for name, allowed in (("dtype", Dtype), ("pool", Pool), ("precision", Precision), ("norm", Norm)):
             if getattr(run, name) not in get_args(allowed):
                 raise FileError(f"the run description has an unknown {name}: {getattr(run, name)!r}")
         if preprocess.mode not in get_args(ResizeMode) or preprocess.exif not in get_args(ExifMode):

@@ -42,8 +42,18 @@ class _Stop(Exception):
     """Raised by the last hook, so that nothing after it runs; never leaves `capture`."""
 
 
-def capture(network: nn.Module, taps: Sequence[Tap], pixels: Tensor) -> dict[str, Tensor]:
-    """Each tap's raw output for `pixels` `(b, 3, h, w)`, in firing order; nothing past the last of them runs."""
+def capture(
+    network: nn.Module,
+    taps: Sequence[Tap],
+    pixels: Tensor,
+    *,
+    run: Callable[[Tensor], object] | None = None,
+    stop: bool = True,
+) -> dict[str, Tensor]:
+    """Each tap's raw output for `pixels` `(b, 3, h, w)`, in firing order; nothing past the last of them runs.
+
+    `run` is what to call where it is not the network itself; without `stop` it runs to its own end.
+    """
     caught: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
 
@@ -53,7 +63,7 @@ def capture(network: nn.Module, taps: Sequence[Tap], pixels: Tensor) -> dict[str
             if calls[tap.name] == tap.calls:
                 tensor = output if isinstance(output, Tensor) else output[0]
                 caught[tap.name] = tensor.clone() if tap.free else tensor
-                if len(caught) == len(taps):
+                if stop and len(caught) == len(taps):
                     raise _Stop
 
         return keep
@@ -62,10 +72,48 @@ def capture(network: nn.Module, taps: Sequence[Tap], pixels: Tensor) -> dict[str
         for tap in taps:
             hooks.callback(network.get_submodule(tap.module).register_forward_hook(hook(tap)).remove)
         try:
-            network(pixels)
+            (run or network)(pixels)
         except _Stop:
             return caught
     return caught
+
+
+class LastingTaps:
+    """The hooks of `capture` installed once and for good, so that `torch.compile` traces through them.
+
+    Modules carry them when they are copied or saved, so they are objects and not closures. Asleep outside a call.
+    """
+
+    def __init__(self, network: nn.Module, taps: Sequence[Tap]) -> None:
+        self.caught: dict[str, Tensor] = {}
+        self.wanted: tuple[str, ...] = ()
+        for tap in taps:
+            network.get_submodule(tap.module).register_forward_hook(_Keep(self, tap.name))
+
+    def capture(self, network: nn.Module, wanted: Sequence[Tap], pixels: Tensor) -> dict[str, Tensor]:
+        """As the function `capture`."""
+        caught: dict[str, Tensor] = {}
+        self.wanted, self.caught = tuple(tap.name for tap in wanted), caught
+        try:
+            network(pixels)
+        except _Stop:
+            return caught
+        finally:
+            self.wanted, self.caught = (), {}  # nothing is kept alive
+        return caught
+
+
+class _Keep:
+    def __init__(self, taps: LastingTaps, name: str) -> None:
+        self.taps = taps
+        self.name = name
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self.name not in self.taps.wanted:
+            return
+        self.taps.caught[self.name] = output if isinstance(output, Tensor) else output[0]
+        if len(self.taps.caught) == len(self.taps.wanted):
+            raise _Stop
 
 
 def channels_first(output: Tensor, tap: Tap, pixels: Tensor) -> Tensor:

@@ -304,7 +304,7 @@ KILLED = """
 import sys, os, signal
 sys.path.insert(0, {root!r})
 import bbx.providers, bbx.runner
-bbx.providers.PROVIDERS["toy"] = "tests.toy"
+bbx.providers.PROVIDERS["toy"] = ("tests.toy",)
 def progress(summary):
     if {limit} and summary.extracted >= {limit}:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -333,7 +333,7 @@ MEMORY = """
 import sys
 sys.path.insert(0, {root!r})
 import bbx.providers, bbx.runner
-bbx.providers.PROVIDERS["toy"] = "tests.toy"
+bbx.providers.PROVIDERS["toy"] = ("tests.toy",)
 summary = bbx.runner.extract({images!r}, model="toy", stages="all", size=224, output={out!r})
 assert summary.done == {count}
 # Not getrusage: its maximum starts at the parent's size, which would hide any growth.

@@ -7,7 +7,7 @@ from torch import nn
 
 from bbx.backbone import Backbone
 from bbx.errors import UsageError
-from bbx.spec import ModelRef, Preprocess
+from bbx.spec import BUILD, Build, ModelRef, Preprocess
 from bbx.taps import Tap
 from bbx.weights import digest, load_into, read_state_dict
 
@@ -40,11 +40,11 @@ def list_models() -> list[dict[str, Any]]:
     return [{"name": name, "weights": ["NONE"], "parameters": 400} for name in names()]
 
 
-def load(ref: ModelRef, *, seed: int = 0, size: tuple[int, int] | None = None, structure: bool = False) -> Backbone:
+def load(ref: ModelRef, build: Build = BUILD) -> Backbone:
     if ref.name not in names():
         raise UsageError(f"no toy {ref.name}")
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(build.seed)
         network = Toy()
     if ref.name == "toy-loud":  # values that float16 cannot hold
         torch.nn.init.constant_(network.two.bias, 1e6)
@@ -53,7 +53,7 @@ def load(ref: ModelRef, *, seed: int = 0, size: tuple[int, int] | None = None, s
         from pathlib import Path
 
         untrained = load_into(network, read_state_dict(Path(ref.weights)), head=("fc.",), source=f"file {ref.weights}")
-    label = f"random (seed {seed})"
-    network = network.to("meta") if structure else network
-    checksum = "" if structure else digest(network)
-    return Backbone(ref, network.eval(), TAPS, PREPROCESS.override(size=size), label, checksum, untrained)
+    label = f"random (seed {build.seed})"
+    network = network.to("meta") if build.structure else network
+    checksum = "" if build.structure else digest(network)
+    return Backbone(ref, network.eval(), TAPS, PREPROCESS.override(size=build.size), label, checksum, untrained)

@@ -1,71 +1,63 @@
-"""Who knows which model: the table of providers, the aliases, and the two ways in, `load_backbone` and `list_models`.
+"""Who knows which model: a name becomes a provider's model in `resolve`, and a backbone in `load_backbone`.
 
-A provider is a module with `names()`, `list_models()` and `load(ref, …)`; it is imported when it is needed, so
-that this table costs nothing. To add one: a file beside this one, a line here, an extra in pyproject.toml.
+A provider is one or more modules with `names()`, `load(ref, build)` and, for what cannot be listed (tags, folders, ids
+of a hub), `find(name)`. A module is imported when it is needed. To add one: a file beside this one, a line in `table`,
+an extra in pyproject.toml, its rows in the catalogue (`python -m tests.catalog`).
 """
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bbx.errors import UsageError, nearest
-from bbx.spec import ExifMode, ModelRef, ResizeMode, one_of
+from bbx.errors import UsageError, WeightsError, nearest
+from bbx.providers import catalog, saved
+from bbx.providers.aliases import TWINS, twins
+from bbx.providers.listing import list_models
+from bbx.providers.table import EXTRAS, PROVIDERS, fold, imported, is_installed, squeeze
+from bbx.spec import Build, ExifMode, ModelRef, Norm, ResizeMode, one_of
 
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
 
-# In the order in which they are asked for a name without a provider.
-PROVIDERS = {
-    "packaged": "bbx.providers.packaged",
-    "torchvision": "bbx.providers.torchvision",
-}
-
-# Names as papers and hubs write them, where they are not the provider's own but for case, `-` and `_`.
-ALIASES = {
-    "swin-tiny": "torchvision:swin_t",
-    "swin-small": "torchvision:swin_s",
-    "swin-base": "torchvision:swin_b",
-    "swinv2-tiny": "torchvision:swin_v2_t",
-    "swinv2-small": "torchvision:swin_v2_s",
-    "swinv2-base": "torchvision:swin_v2_b",
-    "vit-base-16": "torchvision:vit_b_16",
-    "vit-base-32": "torchvision:vit_b_32",
-    "vit-large-16": "torchvision:vit_l_16",
-    "vit-large-32": "torchvision:vit_l_32",
-    "vit-huge-14": "torchvision:vit_h_14",
-    "maxvit-tiny": "torchvision:maxvit_t",
-}
+__all__ = ["PROVIDERS", "list_models", "load_backbone", "load_structure", "resolve"]
 
 
 def resolve(model: str | ModelRef, *, weights: str = "auto") -> ModelRef:
-    """The provider and the exact name that `model` means: `provider:name`, an alias, or any provider's name.
+    """The provider and the exact name that `model` means.
 
-    Case, `-` and `_` do not matter. Raises `UsageError` with the nearest names.
+    `provider:name`; an alias; any provider's name, in the table's order; a folder with a `config.json`; an `org/name`
+    of the Hugging Face hub. Case, `-` and `_` do not matter in listed names. Raises `UsageError` with the nearest
+    names, `MissingExtraError` with the line to type when a package is missing.
     """
-    ref = model if isinstance(model, ModelRef) else ModelRef.parse(model, weights)
+    ref = _placed(model if isinstance(model, ModelRef) else ModelRef.parse(model, weights))
+    if saved.is_saved(folder := Path(ref.name)) and ref.weights == "auto":
+        return replace(ModelRef.parse(saved.read_config(folder).model), weights=str(folder))
     if ref.provider and ref.provider not in PROVIDERS:
         close = nearest(ref.provider, PROVIDERS, 1) or list(PROVIDERS)
         raise UsageError(
             f"no provider {ref.provider!r}", f"providers: {', '.join(PROVIDERS)}; try {close[0]}:{ref.name}"
         )
-    known = {alias: ModelRef.parse(target) for alias, target in ALIASES.items()}
-    known = {alias: target for alias, target in known.items() if ref.provider in ("", target.provider)}
-    for provider in [ref.provider] if ref.provider else PROVIDERS:
-        for name in import_module(PROVIDERS[provider]).names():
-            known.setdefault(name, ModelRef(provider, name))
-    found = [name for name in known if _fold(name) == _fold(ref.name)] or [
-        name for name in known if _squeeze(name) == _squeeze(ref.name)
-    ]
-    if len(found) == 1:
-        return replace(known[found[0]], weights=ref.weights)
-    close = found or nearest(ref.name, known)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    fault = "names more than one model" if found else "is no model that bbx knows"
-    raise UsageError(f"{str(ref)!r} {fault}", f"{hint}bbx models lists the names")
+    here = [ref.provider] if ref.provider else [name for name in PROVIDERS if is_installed(name)]
+    for alike in (fold, squeeze):
+        for provider in ["", *here]:
+            known = (
+                {name: ModelRef(provider, name) for name in _names(provider)} if provider else _aliases(ref.provider)
+            )
+            found = [name for name in known if alike(name) == alike(ref.name)]
+            if len(found) > 1:
+                raise UsageError(f"{str(ref)!r} names more than one model", f"did you mean {' or '.join(found)}?")
+            if found:
+                return replace(known[found[0]], weights=ref.weights)
+    for provider in here:
+        for module in PROVIDERS[provider]:
+            find = getattr(imported(module), "find", None)
+            if find and (name := find(ref.name)):
+                return ModelRef(provider, name, ref.weights)
+    raise _unknown(ref, here)
 
 
 def load_backbone(
@@ -78,61 +70,132 @@ def load_backbone(
     size: int | tuple[int, int] | None = None,
     resize_mode: ResizeMode | None = None,
     exif: ExifMode | None = None,
+    norm: Norm = "raw",
+    tokens: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """The backbone `model` names, giving `stages` (default: the last) and `layers` (module paths or globs).
 
-    `weights`: `auto` (the default pretrained ones), `random` (by `seed`), a file's path, or an enum member's name.
+    `weights`: `auto` (the default pretrained ones), `random` (by `seed`), a file, or the provider's name for some.
     `size`, input (height, width) in pixels, `resize_mode` and `exif` override the weights' own preprocessing.
-    Raises `UsageError`, `WeightsError`.
+    `norm`: `raw` maps, or `native`, what the library's own backbone class gives. `tokens`: the stages of a plain ViT as
+    `(t, d)`. `options`: the library's own arguments of the model. Raises `UsageError`, `StartError` and its kin.
     """
     ref = resolve(model, weights=weights)
+    folder = Path(ref.weights)
+    content = saved.read_config(folder) if saved.is_saved(folder) else None
     one_of("--resize-mode", resize_mode or "crop", ResizeMode)
     one_of("--exif", exif or "apply", ExifMode)
+    one_of("--norm", norm, Norm)
     height_width = (size, size) if isinstance(size, int) else size
     if height_width is not None and (len(height_width) != 2 or not all(isinstance(side, int) for side in height_width)):
         raise UsageError(f"size {size!r} is no size", "pixels, such as 224, or (height, width)")
-    backbone: Backbone = import_module(PROVIDERS[ref.provider]).load(ref, seed=seed, size=height_width)
+    build = Build(seed=seed, size=height_width, norm=norm, tokens=tokens, options=options or {})
+    if content:
+        backbone = _fromfolder(ref, content, folder, replace(content.build, size=height_width or content.build.size))
+    else:
+        backbone = _load(ref, build)
     preprocess = backbone.preprocess.override(mode=resize_mode, exif=exif)
     return replace(backbone, preprocess=preprocess).select(stages, layers=layers)
 
 
-def load_structure(model: str | ModelRef, *, weights: str = "auto", size: tuple[int, int] | None = None) -> Backbone:
+def load_structure(
+    model: str | ModelRef,
+    *,
+    weights: str = "auto",
+    size: tuple[int, int] | None = None,
+    norm: Norm = "raw",
+    tokens: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Backbone:
     """The backbone without weights, on torch's meta device: its stages and shapes, at once and without a download.
 
     `weights` still chooses the preprocessing.
     """
     ref = resolve(model, weights=weights)
-    backbone: Backbone = import_module(PROVIDERS[ref.provider]).load(ref, size=size, structure=True)
-    return backbone.select("all")
+    build = Build(size=size, structure=True, norm=norm, tokens=tokens, options=options or {})
+    if saved.is_saved(folder := Path(ref.weights)):
+        content = saved.read_config(folder)
+        ref = replace(ref, weights="random")
+        build = replace(content.build, size=size or content.build.size, structure=True, tokens=tokens)
+    return _load(ref, build).select("all")
 
 
-def list_models(pattern: str = "*") -> list[dict[str, Any]]:
-    """`name`, `alias`, `provider`, `weights` (default first) and `parameters` of every model matching the glob.
-
-    The pattern is matched against name, alias and `provider:name`; case, `-` and `_` do not matter.
-    """
-    alias_of = {target: alias for alias, target in ALIASES.items()}
-    models = [
-        {"name": model["name"], "alias": alias_of.get(f"{provider}:{model['name']}", ""), "provider": provider, **model}
-        for provider, module in PROVIDERS.items()
-        for model in import_module(module).list_models()
-    ]
-
-    def matching(fold: Callable[[str], str]) -> list[dict[str, Any]]:
-        return [
-            model
-            for model in models
-            for texts in [(model["name"], model["alias"], f"{model['provider']}:{model['name']}")]
-            if any(fnmatch.fnmatchcase(fold(text), fold(pattern)) for text in texts if text)
-        ]
-
-    return matching(_fold) or matching(_squeeze)
+def _fromfolder(ref: ModelRef, content: saved.Saved, folder: Path, build: Build) -> Backbone:
+    """What `AutoBackbone.save_pretrained` wrote: built empty, then filled."""
+    if str(replace(ref, weights="auto")) != content.model:
+        raise WeightsError(f"{folder} holds a {content.model}, not a {ref}", f"--model {folder}")
+    backbone = saved.load_weights(folder, _load(replace(ref, weights="random"), build))
+    return replace(backbone, preprocess=(content.preprocess or backbone.preprocess).override(size=build.size))
 
 
-def _fold(name: str) -> str:
-    return name.lower().replace("-", "_")
+def _load(ref: ModelRef, build: Build) -> Backbone:
+    for module in map(imported, PROVIDERS[ref.provider]):
+        find = getattr(module, "find", None)
+        if ref.name in module.names() or (find and find(ref.name)):
+            backbone: Backbone = module.load(ref, build)
+            return _as_tokens(backbone) if build.tokens else backbone
+    raise _unknown(ref, [ref.provider])
 
 
-def _squeeze(name: str) -> str:
-    # Tried second: it would make regnet_x_1_6gf and regnet_x_16gf one.
-    return _fold(name).replace("_", "")
+def _as_tokens(backbone: Backbone) -> Backbone:
+    taps = tuple(replace(tap, layout="as is") if tap.layout == "tokens" else tap for tap in backbone.taps)
+    if not any(tap.layout == "as is" for tap in taps):
+        raise UsageError(f"{backbone.ref} has no tokens: its stages are maps", "leave --tokens out")
+    return replace(backbone, taps=taps)
+
+
+def _placed(ref: ModelRef) -> ModelRef:
+    """With the provider that a hub's prefix, a folder's configuration or an `org/name` speaks of."""
+    if ref.provider in ("hf-hub", "local-dir"):
+        return replace(ref, provider="timm", name=str(ref))
+    if ref.provider:
+        return ref
+    config = Path(ref.name).expanduser() / "config.json"
+    if config.is_file():
+        try:
+            content = json.loads(config.read_text())
+        except ValueError as error:
+            raise UsageError(f"{config} is no JSON: {error}", "is the folder a saved model?") from None
+        if "bbx_version" in content:
+            return ref
+        if "model_type" in content:
+            return replace(ref, provider="transformers")
+        if "architecture" in content:
+            return replace(ref, provider="timm", name=f"local-dir:{ref.name}")
+        raise UsageError(
+            f"{config} says neither model_type (transformers) nor architecture (timm)", "is the folder a saved model?"
+        )
+    if Path(ref.name).is_dir() or ref.name.startswith(("./", "../", "/", "~")):
+        raise UsageError(f"{ref.name} holds no config.json", "give a model's name, or the folder of a saved model")
+    if ref.name.count("/") == 1:
+        timm = ref.name.startswith("timm/")
+        return (
+            replace(ref, provider="timm", name=f"hf-hub:{ref.name}") if timm else replace(ref, provider="transformers")
+        )
+    return ref
+
+
+def _aliases(provider: str) -> dict[str, ModelRef]:
+    known = {}
+    for alias in TWINS:
+        rows = twins(alias)
+        at = provider or next(iter(rows))
+        if at in rows:
+            known[alias] = ModelRef(at, rows[at])
+    return known
+
+
+def _names(provider: str) -> list[str]:
+    if catalog.is_current(provider):
+        return list(catalog.rows(provider))
+    return [name for module in PROVIDERS[provider] for name in imported(module).names()]
+
+
+def _unknown(ref: ModelRef, here: Iterable[str]) -> UsageError:
+    known = [*_aliases(ref.provider), *(name for provider in here for name in _names(provider))]
+    close = nearest(ref.name, known)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    missing = [name for name in EXTRAS if not ref.provider and not is_installed(name)]
+    more = f"; pip install 'bbx[all]' adds the models of {' and '.join(missing)}" if missing else ""
+    return UsageError(f"{str(ref)!r} is no model that bbx knows", f"{hint}bbx models lists the names{more}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bbx.backbone import Backbone
 from bbx.errors import UsageError, nearest
-from bbx.spec import ModelRef, Preprocess
+from bbx.spec import BUILD, Build, ModelRef, Preprocess
 from bbx.taps import Tap
 from bbx.weights import check_file, digest, load_into, read_state_dict
 
@@ -107,26 +107,25 @@ def list_models() -> list[dict[str, Any]]:
     return [{"name": _NAME, "weights": [_WEIGHTS], "parameters": _PARAMETERS}]
 
 
-def load(ref: ModelRef, *, seed: int = 0, size: tuple[int, int] | None = None, structure: bool = False) -> Backbone:
-    """EfficientNet-Lite0 with the weights `ref` names, for input of `size` (height, width) pixels.
-
-    `structure`: shapes only, on torch's meta device. Raises `WeightsError`, `UsageError`.
-    """
+def load(ref: ModelRef, build: Build = BUILD) -> Backbone:
+    """EfficientNet-Lite0 with the weights `ref` names; `native` is `raw`. Raises `WeightsError`, `UsageError`."""
+    if build.options:
+        raise UsageError(f"{ref.name} takes no options", "leave them out")
     if ref.name not in names():
         raise UsageError(f"the packaged provider has no model {ref.name!r}", f"it has: {', '.join(names())}")
     # Input (x - 127) / 128 with x in 0..255; the release crops 87.5 % and scales by bicubic interpolation.
     mean, std = 127 / 255, 128 / 255
-    preprocess = Preprocess((224, 224), 256, "bicubic", (mean, mean, mean), (std, std, std)).override(size=size)
-    with torch.random.fork_rng(devices=()), torch.device("meta" if structure else "cpu"):
-        torch.manual_seed(seed)
+    preprocess = Preprocess((224, 224), 256, "bicubic", (mean, mean, mean), (std, std, std)).override(size=build.size)
+    with torch.random.fork_rng(devices=()), torch.device("meta" if build.structure else "cpu"):
+        torch.manual_seed(build.seed)
         network = EfficientNetLite()
-    label, untrained = f"random (seed {seed})", tuple[str, ...]()
+    label, untrained = f"random (seed {build.seed})", tuple[str, ...]()
     if ref.weights != "random":
         path = _weights_file(ref.weights)
         label = f"file {path.name}" if ref.weights not in _OWN else _WEIGHTS
-        if not structure:
+        if not build.structure:
             untrained = load_into(network, _renamed(read_state_dict(path)), head=HEAD, source=label)
-    checksum = "" if structure else digest(network)
+    checksum = "" if build.structure else digest(network)
     return Backbone(ref, network.eval(), _TAPS, preprocess, label, checksum, untrained)
 
 

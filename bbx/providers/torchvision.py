@@ -7,6 +7,7 @@ the classifier uses are excluded, but for MobileNetV3's last, which torchvision'
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from bbx.backbone import Backbone
 from bbx.errors import UsageError, nearest
-from bbx.spec import ModelRef, Preprocess
+from bbx.spec import BUILD, Build, ModelRef, Preprocess
 from bbx.taps import Layout, Tap
 from bbx.weights import check_file, digest, fetch, load_into, read_state_dict
 
@@ -101,10 +102,9 @@ def list_models() -> list[dict[str, Any]]:
     return found
 
 
-def load(ref: ModelRef, *, seed: int = 0, size: tuple[int, int] | None = None, structure: bool = False) -> Backbone:
-    """The model `ref` names, with the weights it names, for input of `size` (height, width) pixels.
+def load(ref: ModelRef, build: Build = BUILD) -> Backbone:
+    """The model `ref` names, with the weights it names. torchvision has no backbone class, so `native` is `raw`.
 
-    `structure`: no weights at all (parameters on torch's meta device): shapes only, at once, for any size of model.
     Raises `WeightsError` when the weights cannot be had, `UsageError` for an unknown name or an impossible size.
     """
     if ref.name not in names():
@@ -119,17 +119,19 @@ def load(ref: ModelRef, *, seed: int = 0, size: tuple[int, int] | None = None, s
         interpolation=transforms.interpolation.value,
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
-    ).override(size=size)
-    options = _builder_options(ref.name, preprocess.size, pretrained=member is not None)
-    network = _build_structure(ref.name, options) if structure else _build(ref.name, options, seed)
-    label, untrained = f"random (seed {seed})", tuple[str, ...]()
-    if (member or path) and not structure:
+    ).override(size=build.size)
+    options = {**_builder_options(ref.name, preprocess.size, pretrained=member is not None), **build.options}
+    network = _build_structure(ref.name, options) if build.structure else _build(ref.name, options, build.seed)
+    label, untrained = f"random (seed {build.seed})", tuple[str, ...]()
+    if (member or path) and not build.structure:
         label, untrained = _load_weights(network, member, path)
     taps = _taps(ref.name, network)
     # The same tensors normalised once more inside the model are another model.
     facts = "transform_input" if options.get("transform_input") else ""
-    checksum = "" if structure else digest(network, options=facts)
-    return Backbone(ref, network.eval(), taps, preprocess, label, checksum, untrained)
+    checksum = "" if build.structure else digest(network, options=facts)
+    own = {**build.options, **({facts: True} if facts else {})}
+    config = json.dumps(own, sort_keys=True) if own else ""
+    return Backbone(ref, network.eval(), taps, preprocess, label, checksum, untrained, config=config)
 
 
 def _taps(name: str, network: nn.Module) -> tuple[Tap, ...]:
@@ -185,6 +187,8 @@ def _build(name: str, options: dict[str, Any], seed: int) -> nn.Module:
             network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
         except ValueError as error:  # MaxViT, for a size that its windows do not divide
             raise UsageError(f"{name} cannot be built for this size: {error}", "leave --size out") from None
+        except TypeError as error:
+            raise UsageError(f"{name} cannot be built so: {error}", "see torchvision's builder") from None
     return network
 
 
