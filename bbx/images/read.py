@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,9 +54,7 @@ _OPEN_REASONS = {
 }
 
 
-def read_image(
-    path: str | os.PathLike[str], preprocess: Preprocess, out: NDArray[np.uint8] | None = None
-) -> NDArray[np.uint8]:
+def read_image(path: str | os.PathLike[str], preprocess: Preprocess, out: NDArray[Any] | None = None) -> NDArray[Any]:
     """The first frame of `path` as `(h, w, 3)` RGB uint8, `(h, w)` being `preprocess.size`, in `out` if given.
 
     Thread-safe, and it never waits: only regular files are opened. Raises `ImageError` with a reason of one line for
@@ -79,8 +77,10 @@ def read_image(
     raise ImageError(reason)
 
 
-def prepare(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:
+def prepare(image: Image.Image, preprocess: Preprocess) -> NDArray[Any]:
     """`image` upright, as RGB, scaled and cut by `preprocess`: `(h, w, 3)` uint8.
+
+    A transformers image processor may give float32 instead (`bbx.processor.cell_dtype`).
 
     Raises `ImageError` where the picture has no mapping to 8 bits or would be scaled beyond 2**26 pixels, and
     whatever Pillow raises where `image` is not loaded yet and fails to.
@@ -90,6 +90,10 @@ def prepare(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:
     rgb = _to_rgb(image)
     if turn is not None:
         rgb = rgb.transpose(turn)
+    if preprocess.processor:
+        from bbx.processor import geometry
+
+        return geometry(rgb, preprocess)
     height, width = preprocess.size
     if preprocess.mode == "squash":
         scaled, fill = (height, width), (0, 0, 0)
