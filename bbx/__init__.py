@@ -9,9 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bbx.assembly import assemble
+    from bbx.auto import AutoBackbone, BackboneConfig
     from bbx.backbone import Backbone
     from bbx.dataset import FeatureDataset
     from bbx.errors import BbxError
+    from bbx.image_processor import AutoImageProcessor
     from bbx.providers import list_models, load_backbone
     from bbx.runner import extract
     from bbx.spec import ModelRef, Preprocess, RunSpec, Stage
@@ -19,7 +22,11 @@ if TYPE_CHECKING:
     from bbx.store import FeatureFile as open  # noqa: F401  (for type checkers; not in __all__, see there)
 
 _HOME = {
+    "AutoBackbone": "bbx.auto",
+    "AutoImageProcessor": "bbx.image_processor",
     "Backbone": "bbx.backbone",
+    "BackboneConfig": "bbx.auto",
+    "assemble": "bbx.assembly",
     "BbxError": "bbx.errors",
     "FeatureDataset": "bbx.dataset",
     "FeatureFile": "bbx.store",
@@ -35,7 +42,10 @@ _HOME = {
 
 # Without `open`: a star import must not replace the built-in one.
 __all__ = [
+    "AutoBackbone",
+    "AutoImageProcessor",
     "Backbone",
+    "BackboneConfig",
     "BbxError",
     "FeatureDataset",
     "FeatureFile",
@@ -44,6 +54,7 @@ __all__ = [
     "RunSpec",
     "Stage",
     "__version__",
+    "assemble",
     "extract",
     "list_models",
     "load_backbone",
