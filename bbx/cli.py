@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from bbx.errors import BbxError, InterruptedRunError, UsageError, WriteError
-from bbx.spec import Dtype, ExifMode, Mode, OnError, Pool, Precision, ResizeMode, Scale
+from bbx.spec import Dtype, ExifMode, Mode, Norm, OnError, Pool, Precision, ResizeMode, Scale
 
 if TYPE_CHECKING:
     from types import FrameType
 
+    from bbx.backbone import Backbone
     from bbx.plan import Plan
 
 EXIT_CODES = (
@@ -55,6 +56,13 @@ Size = Annotated[
 ]
 Resize = Annotated[ResizeMode | None, typer.Option(help="How the picture is fitted to the input (default: crop)")]
 Exif = Annotated[ExifMode | None, typer.Option(help="The orientation tag of photographs (default: apply)")]
+Config = Annotated[
+    str | None, typer.Option(help="A .yaml, .toml or .json file: backbone, neck and head", metavar="FILE")
+]
+NormOption = Annotated[
+    Norm | None, typer.Option("--norm", help="native: what the library's own backbone class gives (default: raw)")
+]
+Tokens = Annotated[bool | None, typer.Option("--tokens", help="A plain ViT's stages as tokens, class token kept")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
 
 
@@ -72,6 +80,7 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
 def extract(
     images: Annotated[list[str], typer.Argument(help="Folders, files, globs, @list.txt, or - for paths on stdin")],
     model: Model = None,
+    config: Config = None,
     stages: Stages = None,
     layers: Layers = None,
     weights: Weights = None,
@@ -79,6 +88,8 @@ def extract(
     size: Size = None,
     resize_mode: Resize = None,
     exif: Exif = None,
+    norm: NormOption = None,
+    tokens: Tokens = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Images computed at once (default: 8 on a CPU, 64 elsewhere)", min=1)
     ] = None,
@@ -108,8 +119,10 @@ def extract(
         from bbx import console, facts, runner
 
         options = _given(
-            stages=stages, layers=layers, weights=weights, seed=seed, size=_size(size), resize_mode=resize_mode,
-            exif=exif, batch_size=batch_size, workers=workers, device=device, dtype=dtype, precision=precision,
+            model=model, config=config, stages=stages, layers=layers, weights=weights, seed=seed, size=_size(size),
+            resize_mode=resize_mode,
+            exif=exif, norm=norm, tokens=tokens, batch_size=batch_size, workers=workers, device=device, dtype=dtype,
+            precision=precision,
             pool=pool, output=output, mode=mode, on_error=on_error,
         )  # fmt: skip
         plans: list[Plan] = []
@@ -120,10 +133,7 @@ def extract(
                 console.plan(plan, verbose=verbose)
 
         with nullcontext() if quiet else console.progress() as progress:
-            summary = runner.extract(
-                images, model=_required(model), dry_run=dry_run, on_plan=on_plan, progress=progress, stop=stop,
-                **options,
-            )  # fmt: skip
+            summary = runner.extract(images, dry_run=dry_run, on_plan=on_plan, progress=progress, stop=stop, **options)
     if not quiet and not dry_run:
         console.summary(summary)
     if as_json:
@@ -160,19 +170,23 @@ def show(
     size: Size = None,
     resize_mode: Resize = None,
     exif: Exif = None,
+    norm: NormOption = None,
+    tokens: Tokens = None,
+    config: Config = None,
 ) -> None:
     """Draw channel grids of stem and stages, and a contact sheet: of a feature file, or straight from an image."""
     from bbx import console
     from bbx import show as drawing
 
-    options = _given(layers=layers, weights=weights, seed=seed, size=_size(size), resize_mode=resize_mode, exif=exif)
-    if model:
-        from bbx.providers import load_backbone
-
+    options = _given(
+        layers=layers, weights=weights, seed=seed, size=_size(size), resize_mode=resize_mode, exif=exif, norm=norm,
+        tokens=tokens,
+    )  # fmt: skip
+    if model or config:
         if image or root:
             raise UsageError("--image and --root choose from a feature file, not with --model", "name the image itself")
         wanted = stages if stages or layers else "all"
-        subjects = drawing.from_image(source, load_backbone(model, stages=wanted, **options))
+        subjects = drawing.from_image(source, _backbone(model, config, stages=wanted, **options))
     elif options:
         raise UsageError(f"--{next(iter(options)).replace('_', '-')} needs --model", "bbx show image.jpg --model NAME")
     else:
@@ -187,35 +201,66 @@ def show(
 
 @app.command(name="stages")
 def stages_command(
-    model: Annotated[str, typer.Argument(help="swin-tiny, resnet50, …: see bbx models")],
+    model: Annotated[str | None, typer.Argument(help="swin-tiny, resnet50, …: see bbx models")] = None,
+    config: Config = None,
     weights: Weights = None,
     size: Size = None,
+    norm: NormOption = None,
+    tokens: Tokens = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="The same architecture in all libraries, with the same random weights")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print what stem and stages of a backbone are: module, channels, stride, size, cost, preprocessing."""
     from bbx import console, facts
+
+    options = _given(weights=weights, size=_size(size), norm=norm, tokens=tokens)
+    if model is None and config is None:
+        raise UsageError("which model? bbx stages NAME", "bbx models lists them")
+    if compare:
+        from bbx.compare import compare as side_by_side
+
+        if config or set(options) - {"size"}:
+            raise UsageError("--compare takes a model's name and --size alone", f"bbx stages {model} --compare")
+        result = side_by_side(str(model), **options)
+        _print_json(facts.of_comparison(result)) if as_json else console.comparison(result)
+        return
     from bbx.backbone import parameters_until
     from bbx.providers import load_structure
 
-    backbone = load_structure(model, **_given(weights=weights, size=_size(size)))
+    if config:
+        from bbx.assembly import assemble
+
+        backbone = assemble(config, model=model or "", structure=True, **options)
+    else:
+        backbone = load_structure(str(model), **options)
     parameters = parameters_until(backbone)
     if as_json:
         _print_json(facts.of_stages(backbone, parameters))
     else:
-        console.stages(str(backbone.ref), backbone.stages, parameters, backbone.preprocess)
+        console.stages(str(backbone.ref), backbone.stages, parameters, backbone.preprocess, backbone.notes)
 
 
 @app.command()
 def models(
-    pattern: Annotated[str, typer.Argument(help="A glob: 'swin*', 'torchvision:*'")] = "*", as_json: Json = False
+    pattern: Annotated[str, typer.Argument(help="A glob: 'swin*', 'timm:*'")] = "*",
+    provider: Annotated[str | None, typer.Option(help="packaged, torchvision, timm or transformers")] = None,
+    family: Annotated[str | None, typer.Option(help="A glob: resnet, 'swin*'")] = None,
+    parameters: Annotated[str | None, typer.Option(help="A range: ..30M, 5M..30M, 1B..", metavar="RANGE")] = None,
+    stride: Annotated[int | None, typer.Option(help="Of the last stage, in pixels")] = None,
+    here: Annotated[bool, typer.Option("--here", help="Only those with weights on this machine")] = False,
+    as_json: Json = False,
 ) -> None:
-    """List the models: name, alias, provider, parameters, weights."""
+    """List the models: name, alias, provider, family, parameters, stride, weights (* on this machine)."""
     from bbx import console
     from bbx.providers import list_models
 
-    found = list_models(pattern)
+    filters = _given(provider=provider, family=family, parameters=parameters, stride=stride)
+    found = list_models(pattern, here=here, **filters)
     if not found:
-        raise UsageError(f"no model matches {pattern!r}", "bbx models lists all of them")
+        more = "".join(f" --{name} {value}" for name, value in filters.items()) + " --here" * here
+        raise UsageError(f"no model matches {pattern!r}{more}", "bbx models lists all of them")
     if as_json:
         _print_json(found)
     else:
@@ -322,12 +367,16 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _required(model: str | None) -> str:
-    if model is None:
-        raise UsageError(
-            "which model? --model NAME", "bbx models lists them; --model efficientnet-lite0 needs no network"
-        )
-    return model
+def _backbone(model: str | None, config: str | None, **options: Any) -> Backbone:
+    if config is None:
+        from bbx.providers import load_backbone
+
+        return load_backbone(str(model), **options)
+    from bbx.assembly import assemble
+
+    if wrong := set(options) & {"weights", "tokens"}:
+        raise UsageError(f"--{wrong.pop()} does not go with --config", "the configuration says the weights")
+    return assemble(config, model=model or "", **options)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ from rich.text import Text
 from bbx.errors import BbxError
 
 if TYPE_CHECKING:
+    from bbx.compare import Comparison
     from bbx.plan import Plan, Summary
     from bbx.spec import Preprocess, Stage
     from bbx.store import FeatureFile
@@ -161,7 +162,13 @@ def summary(result: Summary) -> None:
     _failures(console, result.failures, result.failed, f"bbx info --json {result.output} lists all")
 
 
-def stages(title: str, found: Sequence[Stage], parameters: Mapping[str, int], preprocess: Preprocess) -> None:
+def stages(
+    title: str,
+    found: Sequence[Stage],
+    parameters: Mapping[str, int],
+    preprocess: Preprocess,
+    notes: Sequence[str] = (),
+) -> None:
     """`bbx stages`, on stdout."""
     from bbx.store import size_text
 
@@ -175,21 +182,56 @@ def stages(title: str, found: Sequence[Stage], parameters: Mapping[str, int], pr
     console.print(plain(title))
     console.print(table)
     console.print(plain(f"preprocessing: {preprocess.describe()}"), soft_wrap=True)
+    for line in notes:
+        console.print(Text("note: ", "yellow") + plain(line), soft_wrap=True)
+
+
+def comparison(result: Comparison) -> None:
+    """`bbx stages --compare`, on stdout: stage by stage, one line per library."""
+    console = _console(stderr=False)
+    height, width = result.size
+    console.print(plain(f"{result.name}: the same random weights (seed {result.seed}), input {height}×{width}"))
+    table = _table("stage", "library", "its name", "index", "channels × height × width", "stride", "native norm",
+                   "border", "largest relative difference")  # fmt: skip
+    for name in result.stages:
+        for column in result.columns:
+            for cell in (cell for cell in column.cells if cell.stage == name):
+                same = "reference" if column.library == result.reference else "other shape"
+                told = same if cell.difference is None else "equal" if not cell.difference else f"{cell.difference:.1e}"
+                row = (name, column.library, cell.called, "-" if cell.place is None else cell.place,
+                       shape_text(cell.shape), f"{cell.stride:g}", cell.norm or "none", cell.padding, told)  # fmt: skip
+                table.add_row(*(plain(part) for part in row))
+    console.print(table)
+    for column in result.columns:
+        told = f"{column.library}: {column.model or '-'}"
+        if column.reason:
+            told += f" · {column.status}: {column.reason}" + (f" ({column.hint})" if column.hint else "")
+        console.print(plain(told), soft_wrap=True)
+        for line in column.notes:
+            console.print(plain(f"  {line}"), soft_wrap=True)
 
 
 def models(found: Sequence[Mapping[str, Any]]) -> None:
     """`bbx models`, on stdout."""
-    table = _table("name", "alias", "provider", "parameters", "weights")
+    # Without Rich: laying out 1,500 rows of its table takes it seconds.
+    rows = [("name", "alias", "provider", "family", "parameters", "stride", "weights")]
     for model in found:
-        row = (
-            model["name"],
-            model["alias"],
-            model["provider"],
-            f"{model['parameters']:,}",
-            ", ".join(model["weights"]),
-        )
-        table.add_row(*(plain(cell) for cell in row))
-    _console(stderr=False).print(table)
+        weights = [f"{name}*" if name in model["here"] else name for name in model["weights"]]
+        parameters = "" if model["parameters"] is None else f"{model['parameters']:,}"
+        stride = "" if model["stride"] is None else f"{model['stride']:g}"
+        names = (model["name"], model["alias"], model["provider"], model["family"] or "")
+        rows.append((*names, parameters, stride, ", ".join(weights)))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    out = _console(stderr=False)
+    for number, row in enumerate(rows):
+        left = "  ".join(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False))
+        right = "  ".join(cell.rjust(width) for cell, width in zip(row[4:6], widths[4:], strict=False))
+        out.out(f"{left}  {right}  {row[6]}".rstrip(), style="bold" if number == 0 else None)
+    stderr = _console(stderr=True)
+    if any(model["here"] for model in found):
+        stderr.print(plain("* on this machine"))
+    for name in sorted({model["provider"] for model in found if not model["installed"]}):
+        stderr.print(plain(f"{name} is not installed: pip install 'bbx[{name}]'"))
 
 
 def info(file: FeatureFile) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
+    from bbx.compare import Comparison
     from bbx.plan import Plan, Summary
     from bbx.spec import RunSpec, Stage
     from bbx.store import FeatureFile
@@ -52,7 +53,13 @@ def of_stages(backbone: Backbone, parameters: Mapping[str, int]) -> dict[str, An
         {**of_stage(stage), "nbytes": 4 * stage.values, "parameters": parameters[stage.name]}
         for stage in backbone.stages
     ]
-    return {"model": str(backbone.ref), "stages": stages, "preprocess": asdict(backbone.preprocess)}
+    preprocess, notes = asdict(backbone.preprocess), list(backbone.notes)
+    return {"model": str(backbone.ref), "stages": stages, "preprocess": preprocess, "notes": notes}
+
+
+def of_comparison(comparison: Comparison) -> dict[str, Any]:
+    """`bbx stages --compare`."""
+    return asdict(comparison)
 
 
 def of_file(file: FeatureFile) -> dict[str, Any]:

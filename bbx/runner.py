@@ -22,12 +22,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bbx.assembly import assemble
 from bbx.backbone import Backbone, normalise
 from bbx.errors import ImageError, InterruptedRunError, UsageError
 from bbx.images import find_images, read_image
 from bbx.plan import Plan, Summary, attempt, cores, find_device, free_nbytes
 from bbx.providers import load_backbone, resolve
-from bbx.spec import Dtype, ExifMode, Mode, OnError, Pool, Precision, ResizeMode, RunSpec, Stage, one_of
+from bbx.spec import (
+    Dtype,
+    ExifMode,
+    Mode,
+    ModelRef,
+    Norm,
+    OnError,
+    Pool,
+    Precision,
+    Preprocess,
+    ResizeMode,
+    RunSpec,
+    Stage,
+    one_of,
+)
 from bbx.store import FeatureFile, FeatureWriter, Target, check_target
 
 # On a CPU eight images were the fastest of 4, 8, 16 and 32 (swin-tiny, two cores): larger maps fall out of its caches.
@@ -52,7 +67,8 @@ Progress = Callable[[Summary], None]
 def extract(
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
-    model: str,
+    model: str | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     stages: str | Iterable[str | int] | None = None,
     layers: str | Iterable[str] = (),
     weights: str = "auto",
@@ -60,6 +76,8 @@ def extract(
     size: int | tuple[int, int] | None = None,
     resize_mode: ResizeMode | None = None,
     exif: ExifMode = "apply",
+    norm: Norm = "raw",
+    tokens: bool = False,
     batch_size: int | None = None,
     workers: int | None = None,
     device: str = "auto",
@@ -77,9 +95,13 @@ def extract(
 ) -> Summary:
     """Extracts feature maps of `images` into one HDF5 file; called again after a kill, it goes on where it was.
 
-    `images`: folders, files, globs, `@list.txt`, `-` (paths from `stdin`). `stages` as in `select_stages` (default:
-    the last), `layers` any module paths or globs. `weights`: `auto`, `random` (by `seed`), a file, an enum member.
+    `model` names a backbone; `config`, a mapping or a YAML, TOML or JSON file, describes one with neck and head
+    (`bbx.assemble`). `images`: folders, files, globs, `@list.txt`, `-` (paths from `stdin`). `stages` as in
+    `select_stages` (default: the last), `layers` any module paths or globs. `weights`: `auto`, `random` (by `seed`), a
+    file, or the library's name for some.
     `size` (pixels, or (height, width)), `resize_mode` and `exif` override the weights' own preprocessing.
+    `norm`: `raw` maps, or `native`, what the library's own backbone class gives; `tokens`: a plain ViT's stages as
+    `(t, d)`, prefix tokens kept.
     `dtype` is on disk, `precision` in computing; `pool` stores `(c,)` per stage instead of `(c, h, w)`.
     `batch_size`: images at once, default 8 on a CPU and 64 elsewhere; `workers`: decoding threads, default the cores.
     `mode`: `auto` resumes the same run and refuses another's file; `new`, `resume`, `overwrite` insist.
@@ -94,11 +116,21 @@ def extract(
         raise UsageError("--batch-size and --workers are at least 1", "leave them out for the defaults")
     where = find_device(device)
     inputs = [images] if isinstance(images, (str, os.PathLike)) else images
-    ref = resolve(model, weights=weights)
+    named = _named(model, weights) if config is None else ""
     found = find_images(inputs, stdin=stdin)  # before the weights, which may be a download
-    backbone = load_backbone(
-        ref, seed=seed, stages=stages, layers=layers, size=size, resize_mode=resize_mode, exif=exif
-    ).to(where, precision=precision)
+    if config is not None:
+        if weights != "auto" or tokens:
+            raise UsageError("--weights and --tokens do not go with --config", "the configuration says the weights")
+        backbone = assemble(
+            config, model=model or "", seed=seed, size=size, resize_mode=resize_mode, exif=exif, norm=norm,
+            stages=stages, layers=layers,
+        )  # fmt: skip
+    else:
+        backbone = load_backbone(
+            named, seed=seed, stages=stages, layers=layers, size=size, resize_mode=resize_mode, exif=exif, norm=norm,
+            tokens=tokens,
+        )  # fmt: skip
+    backbone = backbone.to(where, precision=precision)
     run = RunSpec(
         model=str(backbone.ref),
         weights=backbone.weights,
@@ -108,6 +140,8 @@ def extract(
         dtype=dtype,
         pool=pool,
         precision=precision,
+        norm=norm,
+        config=backbone.config,
     )
     path = Path(output)
     target = check_target(path, run, found.keys, mode)
@@ -128,6 +162,14 @@ def extract(
     return summary
 
 
+def _named(model: str | None, weights: str) -> ModelRef:
+    if model is None:
+        raise UsageError(
+            "which model? --model NAME", "bbx models lists them; --model efficientnet-lite0 needs no network"
+        )
+    return resolve(model, weights=weights)
+
+
 def _check_words(*values: str) -> None:
     """Raises `UsageError` unless each value is one of its option's words."""
     options = (
@@ -146,10 +188,11 @@ def features(backbone: Backbone, path: str | os.PathLike[str]) -> tuple[NDArray[
 
     Raises `ImageError`.
     """
-    picture = read_image(path, backbone.preprocess)
+    cells = read_image(path, backbone.preprocess)
     device = next(backbone.network.parameters(), torch.empty(0)).device
     with torch.inference_mode():
-        maps = backbone(normalise(torch.from_numpy(picture)[None].to(device), backbone.preprocess))
+        maps = backbone(normalise(torch.from_numpy(cells)[None].to(device), backbone.preprocess))
+    picture = cells if cells.dtype == np.uint8 else read_image(path, replace(backbone.preprocess, processor=""))
     return picture, {name: tensor[0].float().cpu().numpy() for name, tensor in maps.items()}
 
 
@@ -219,10 +262,10 @@ class _Batch:
     """Rows on their way through the decoders, into one buffer `(b, h, w, 3)`."""
 
     rows: NDArray[np.int64]
-    buffer: NDArray[np.uint8]
+    buffer: NDArray[Any]
     reads: list[Future[tuple[str | None, float]]]
 
-    def collect(self, summary: Summary) -> tuple[NDArray[np.int64], NDArray[np.uint8], list[tuple[int, str]]]:
+    def collect(self, summary: Summary) -> tuple[NDArray[np.int64], NDArray[Any], list[tuple[int, str]]]:
         """Waits; the good rows, their pixels, and the bad rows with their reasons."""
         results = [read.result() for read in self.reads]
         summary.decode += sum(seconds for _, seconds in results)
@@ -237,9 +280,10 @@ class _Batch:
 def _decoded(plan: Plan, rows: NDArray[np.int64], decoders: ThreadPoolExecutor) -> Iterator[_Batch]:
     """Batches in row order, each handed out as soon as it was submitted and `_AHEAD` more were."""
     ahead: deque[_Batch] = deque()
+    cells = _cell_dtype(plan.run.preprocess)
     for start in range(0, len(rows), plan.batch_size):
         chunk = rows[start : start + plan.batch_size]
-        buffer = np.empty((len(chunk), *plan.run.preprocess.size, 3), np.uint8)
+        buffer = np.empty((len(chunk), *plan.run.preprocess.size, 3), cells)
         reads = [decoders.submit(_read, plan, int(row), slot) for row, slot in zip(chunk, buffer, strict=True)]
         ahead.append(_Batch(chunk, buffer, reads))
         if len(ahead) > _AHEAD:
@@ -247,7 +291,15 @@ def _decoded(plan: Plan, rows: NDArray[np.int64], decoders: ThreadPoolExecutor) 
     yield from ahead
 
 
-def _read(plan: Plan, row: int, slot: NDArray[np.uint8]) -> tuple[str | None, float]:
+def _cell_dtype(preprocess: Preprocess) -> np.dtype[Any]:
+    if not preprocess.processor:
+        return np.dtype(np.uint8)
+    from bbx.processor import cell_dtype
+
+    return cell_dtype(preprocess)
+
+
+def _read(plan: Plan, row: int, slot: NDArray[Any]) -> tuple[str | None, float]:
     started = time.perf_counter()
     try:
         read_image(plan.images.path(row), plan.run.preprocess, slot)
@@ -257,7 +309,7 @@ def _read(plan: Plan, row: int, slot: NDArray[np.uint8]) -> tuple[str | None, fl
     return reason, time.perf_counter() - started
 
 
-def _compute(plan: Plan, pixels: NDArray[np.uint8], summary: Summary) -> dict[str, Tensor]:
+def _compute(plan: Plan, pixels: NDArray[Any], summary: Summary) -> dict[str, Tensor]:
     """Maps in the disk's dtype, on the host, not yet laid out: that is the writing thread's work."""
     started = time.perf_counter()
     batch = normalise(torch.from_numpy(pixels).to(plan.device, non_blocking=True), plan.backbone.preprocess)

@@ -6,7 +6,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -225,7 +225,8 @@ def _picture(file: FeatureFile, row: int, roots: Sequence[Path]) -> NDArray[np.u
             try:
                 path = (folder / key).resolve()
                 if path.is_relative_to(root.resolve()) and path.is_file():
-                    return read_image(path, file.run.preprocess)
+                    # By bbx's own resize: drawing needs neither transformers' image processor nor torch.
+                    return read_image(path, replace(file.run.preprocess, processor=""))
             except (OSError, ValueError, ImageError):
                 continue  # no such name, or changed since: the features are still worth drawing
     return None
