@@ -75,7 +75,8 @@ def raw_network(network: Any, family: Family) -> None:
 class Attention:
     """`Backbone.attend`: attention of each layer `(b, heads, t, t)`; where windows attend, `b` counts them.
 
-    Swin gives a stage's last only. By the eager implementation, which alone gives them; maps are computed with the usual one before and after.
+    By the eager implementation, which alone gives them; maps are computed with the usual one before and after. Of Swin
+    transformers gives a stage's last layer only.
     """
 
     network: Any
