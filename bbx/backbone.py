@@ -283,6 +283,7 @@ def _stride(shapes: Sequence[tuple[int, ...]], size: tuple[int, int], other: tup
     if not gained:
         return size[0] / rows
     guesses = [*gained, size[0] / rows, size[1] / columns, 2.0 ** round(math.log2(size[0] / rows))]
-    fitting = [guess for guess in guesses if all(abs(side / guess - cells) < 1.5 for side, cells in sides)]
+    # A border costs a cell or two, unpadded convolutions a tenth of them.
+    fitting = [one for one in guesses if all(abs(side / one - cells) < max(2.5, 0.1 * cells) for side, cells in sides)]
     ranked = sorted(fitting, key=lambda guess: (not math.log2(guess).is_integer(), not guess.is_integer()))
     return ranked[0] if ranked else gained[0]

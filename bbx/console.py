@@ -67,6 +67,8 @@ def plan(what: Plan, *, verbose: bool = False) -> None:
     grid.add_row("images", plain(f"{len(images):,}{skipped} from {', '.join(images.roots[:4])}"))
     grid.add_row("model", plain(f"{run.model}, weights {run.weights}"))
     grid.add_row("input", plain(run.preprocess.describe()))
+    if run.norm != "raw":
+        grid.add_row("norm", plain(run.norm))
     grid.add_row(
         "device", plain(f"{what.device}, {run.precision}, batches of {what.batch_size}, {what.workers} decoders")
     )
@@ -249,7 +251,9 @@ def info(file: FeatureFile) -> None:
     grid.add_row("model", plain(f"{run.model}, weights {run.weights}"))
     grid.add_row("digest", plain(f"weights {run.weights_digest}"))
     grid.add_row("input", plain(run.preprocess.describe()))
-    grid.add_row("values", plain(f"{run.dtype}, computed in {run.precision}, pool {run.pool}"))
+    grid.add_row("values", plain(f"{run.dtype}, computed in {run.precision}, pool {run.pool}, norm {run.norm}"))
+    if run.config:
+        grid.add_row("config", plain(run.config))
     for attempt in file.attempts:
         facts = ", ".join(f"{name} {attempt[name]}" for name in ("time", "host", "device") if name in attempt)
         grid.add_row("start", plain(facts))

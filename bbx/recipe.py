@@ -1,7 +1,7 @@
 """The configuration of an assembled model, from a YAML, TOML or JSON file or a mapping: read, checked, frozen.
 
 Two kinds. A `Pyramid`: any bbx backbone with a feature pyramid and a head of torchvision's. A `Model`: an assembled
-class of a library, by its model type or a checkpoint, on a backbone of one's own. Standard library only.
+class of a library, by its model type or a checkpoint, on a backbone of one's own.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from bbx.errors import MissingExtraError, UsageError, nearest
+from bbx.errors import UsageError, nearest
 
 Extra = Literal["none", "pool", "p6p7"]
 Head = Literal["none", "fcn", "deeplab"]
@@ -136,10 +135,8 @@ def _parsed(path: Path, text: str) -> Any:
 
 
 def _yaml(path: Path, text: str) -> Any:
-    try:
-        yaml: Any = import_module("yaml")
-    except ModuleNotFoundError:
-        raise MissingExtraError("pyyaml", "pip install pyyaml, or write the file as .toml or .json") from None
+    import yaml
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

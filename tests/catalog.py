@@ -24,7 +24,7 @@ def row_of_timm(name: str) -> tuple[str, dict[str, Any]]:
 def timm_row(found: dict[str, Any]) -> dict[str, Any]:
     """What the catalogue keeps of `measure_timm`."""
     stride = found["stages"][-1][2]
-    if found["size"][0] % stride:  # rounded at the border: two forwards tell
+    if stride & (stride - 1):  # no power of two: the border may have been rounded, which two forwards tell
         stride = _stages(f"timm:{found['name']}")["stride"]
     return {
         "family": found["family"],

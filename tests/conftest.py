@@ -20,8 +20,8 @@ if os.environ.get("BBX_TEST_EXTRAS") and len(EXTRAS) < 2:
     raise RuntimeError(f"BBX_TEST_EXTRAS is set, but only {EXTRAS} are installed")
 # Modules about a library that is not there; `test_auto` and the rest name their models by EXTRAS.
 _NEEDS = {
-    "timm": ["test_timm*.py", "test_transplant.py", "test_assembly.py"],
-    "transformers": ["test_transformers*.py", "test_processor.py", "test_transplant.py", "test_assembly.py"],
+    "timm": ["test_timm*.py", "test_transplant.py"],
+    "transformers": ["test_transformers*.py", "test_processor.py", "test_transplant.py"],
 }
 collect_ignore_glob = [pattern for name, patterns in _NEEDS.items() if name not in EXTRAS for pattern in patterns]
 

@@ -9,6 +9,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+import bbx
 from bbx.assembly import assemble
 from bbx.errors import UsageError, WeightsError
 from tests.conftest import EXTRAS
@@ -161,7 +162,7 @@ in = "p3"
 
 def test_a_file_says_the_same_in_every_notation(tmp_path):
     mapping = recipe(backbone={**TOY, "stages": ["stage1", "stage2"]})
-    texts = {"my.toml": TOML, "my.json": json.dumps(mapping)} | ({"my.yaml": YAML} if "transformers" in EXTRAS else {})
+    texts = {"my.toml": TOML, "my.json": json.dumps(mapping)} | {"my.yaml": YAML}
     expected = assemble(mapping, size=64)
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -179,9 +180,7 @@ def test_a_file_says_the_same_in_every_notation(tmp_path):
         ("bad.json", '{\n"neck": }', "line 2"),
         ("list.json", "[1]", "holds a list"),
         ("my.txt", "neck", "neither .yaml"),
-        pytest.param(
-            "bad.yaml", "neck: {\n  a: ]", "line 2", marks=[] if "transformers" in EXTRAS else pytest.mark.slow
-        ),
+        ("bad.yaml", "neck: {\n  a: ]", "line 2"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_where(tmp_path, name, text, words):
@@ -224,3 +223,33 @@ def test_weights_that_cannot_be_had_are_an_error_and_not_random_ones(tmp_path, m
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(WeightsError):
         assemble({"backbone": {"model": "torchvision:resnet18"}, "neck": {}})
+
+
+def test_what_the_configuration_says_is_recorded_and_another_one_is_another_run(bbx_cli, pictures, tmp_path):
+    text = "backbone: {model: resnet18, weights: random}\nneck: {type: fpn, out_channels: 8}\n"
+    (tmp_path / "my.yaml").write_text(text)
+    words = ("extract", "--config", "my.yaml", "--stages", "backbone.stage2,neck.p3", "--size", "64", "-q", pictures)
+    ran = bbx_cli(*words)
+    assert ran.code == 0, ran.err
+    with bbx.open(tmp_path / "features.h5") as file:
+        assert [(stage.name, stage.shape) for stage in file.stages.values()] == [
+            ("backbone.stage2", (128, 8, 8)),
+            ("neck.p3", (8, 8, 8)),
+        ]
+        recorded = json.loads(file.run.config)
+    assert (recorded["model"], recorded["out_channels"]) == ("resnet18", 8)
+    assert bbx_cli(*words).code == 0
+    (tmp_path / "my.yaml").write_text(text.replace("8}", "8, extra: pool}"))
+    other = bbx_cli(*words)
+    assert other.code == 3
+    assert "config" in other.err
+
+
+def test_a_configuration_excludes_what_it_says_itself(bbx_cli, pictures, tmp_path):
+    (tmp_path / "my.json").write_text('{"backbone": {"model": "resnet18", "weights": "random"}}')
+    for option in (("--weights", "random"), ("--tokens",)):
+        ran = bbx_cli("extract", "--config", "my.json", *option, pictures)
+        assert ran.code == 2
+        assert "--config" in ran.err
+    listed = json.loads(bbx_cli("stages", "--config", "my.json", "--size", "64", "--json").out)
+    assert [stage["name"] for stage in listed["stages"]][:3] == ["backbone.stem", "backbone.stage1", "backbone.stage2"]

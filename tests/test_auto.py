@@ -12,6 +12,7 @@ from PIL import Image
 import bbx
 from bbx import AutoBackbone, AutoImageProcessor, BackboneConfig
 from bbx.errors import FileError, UsageError, WeightsError
+from bbx.spec import align_stages, select_stages
 from tests.conftest import EXTRAS, SAMPLES
 
 # One line per provider and kind of network: hooks, tokens, channels-last, no stem, an own forward.
@@ -199,12 +200,16 @@ def test_both_given_may_say_the_same_in_two_ways():
     assert config.out_indices == [0, 2]
 
 
-@pytest.mark.skipif("transformers" not in EXTRAS, reason="core alone")
 def test_without_a_stem_index_0_is_nobodys():
-    for wish in ({"out_indices": [0]}, {"out_features": ["stem"]}, {"out_indices": [-5]}):
+    names = ("stage1", "stage2", "stage3")
+    for features, indices in ((None, [0]), (["stem"], None), (None, [-4])):
         with pytest.raises(ValueError, match=r"no stem.*stage1 \(1\)"):
-            BackboneConfig("transformers:pvt_v2", **wish)
-    assert BackboneConfig("transformers:pvt_v2", out_indices=[1]).out_features == ["stage1"]
+            align_stages(names, features, indices)
+    assert align_stages(names, None, [1]) == (("stage1",), (1,))
+    assert align_stages(names) == (("stage3",), (3,))
+    assert select_stages(names, "1..-1") == names
+    with pytest.raises(UsageError, match="no stem"):
+        select_stages(names, "0")
 
 
 def test_the_same_seed_is_the_same_network():
@@ -251,6 +256,29 @@ def test_it_learns_inside_another_network():
 def test_attention_maps_are_refused_where_there_are_none():
     with pytest.raises(UsageError, match="attention"):
         built("toy")(PIXELS[:, :, :32, :32], output_attentions=True)
+
+
+if "timm" in EXTRAS:
+
+    @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "coat_tiny", "crossvit_tiny_240"])
+    def test_what_transformers_timm_backbone_gets_wrong_is_right(name):
+        # There: channels-last maps, no such backbone at all, and indices that do nothing when they are set late.
+        model = AutoBackbone.from_config(BackboneConfig(f"timm:{name}", out_indices=[1]))
+        model.out_indices = [1, 2]
+        height, width = model.preprocess.size
+        with torch.no_grad():
+            maps = model(torch.randn(1, 3, height, width)).feature_maps
+        assert [one.shape[1] for one in maps] == model.channels
+        assert len(maps) == 2
+
+
+if "transformers" in EXTRAS:
+
+    def test_attention_maps_when_asked():
+        model = built("transformers:swin")
+        maps = model(PIXELS[:1], output_attentions=True).attentions
+        assert [one.shape[1] for one in maps] == [3, 6, 12, 24]  # heads
+        torch.testing.assert_close(maps[0].sum(-1), torch.ones(maps[0].shape[:-1]))
 
 
 def test_a_saved_folder_is_a_models_name_at_the_shell_too(bbx_cli, pictures, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bbx.backbone import Backbone, normalise, parameters_until
+from bbx.backbone import Backbone, _stride, normalise, parameters_until
 from bbx.errors import ContractError, UsageError
 from bbx.providers import load_backbone
 from bbx.spec import ModelRef, Preprocess
@@ -185,6 +185,22 @@ def test_a_tap_that_never_fires_is_a_contract_error():
 
 def test_other_input_sizes_pass_with_the_same_channels():
     assert load_backbone("toy")(torch.randn(1, 3, 64, 48))["stage2"].shape == (1, 8, 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("stride", "sizes", "cells"),
+    [
+        (2, ((299, 299), (235, 171)), ((147, 147), (115, 83))),  # unpadded convolutions
+        (14, ((224, 224), (160, 352)), ((16, 16), (11, 25))),
+        (14, ((518, 518), (454, 390)), ((37, 37), (32, 27))),
+        (32, ((299, 299), (235, 171)), ((8, 8), (6, 4))),
+        (64, ((96, 224), (160, 352)), ((2, 4), (3, 6))),
+        (128, ((800, 800), (736, 672)), ((7, 7), (6, 6))),
+        (16, ((224, 224), (224, 224)), ((14, 14), (14, 14))),  # one size only
+    ],
+)
+def test_strides_see_through_what_borders_cost(stride, sizes, cells):
+    assert _stride([(8, *one) for one in cells], *sizes) == stride
 
 
 def test_gradients_flow_when_the_caller_wants_them():

@@ -17,8 +17,8 @@ RUNNABLE = TEXT if len(EXTRAS) == 2 else re.sub(r"<!-- extras -->.+?<!-- /extras
 COMMANDS = re.findall(r"^\$ bbx (.+)$", RUNNABLE, re.MULTILINE)
 BLOCKS = re.findall(r"```python\n(.+?)```", RUNNABLE, re.DOTALL)
 TABLE_MODELS = (
-    "efficientnet-lite0", "resnet-18", "resnet-50", "convnext-tiny", "swin-tiny", "swinv2-tiny", "efficientnet-b0",
-    "efficientnet-v2-s", "mobilenet-v3-large", "regnet-y-400mf", "densenet-121", "vgg-16", "inception-v3",
+    "efficientnet-lite0", "resnet-50", "convnext-tiny", "swin-tiny", "swinv2-tiny", "efficientnet-b0",
+    "efficientnet-v2-s", "mobilenet-v3-large", "densenet-121", "inception-v3",
     "maxvit-tiny",
 )  # fmt: skip
 

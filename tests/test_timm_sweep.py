@@ -9,10 +9,12 @@ import timm
 import torch
 
 from bbx.backbone import Backbone
+from bbx.providers import catalog
 from bbx.providers.timm import load, names
 from bbx.providers.timm_families import FAMILY_OF
 from bbx.spec import Build, ModelRef
 from bbx.taps import channels_first
+from tests.catalog import timm_row
 from tests.sweep import measure_timm
 from tests.test_backbone import calls_of
 
@@ -61,6 +63,9 @@ def test_every_architecture_gives_what_it_declares():
     faulty = {row["name"]: row["faults"] for row in rows if row["faults"]}
     print(f"{len(rows)} architectures; exceptions: {EXCEPTIONS or 'none'}")  # noqa: T201 the list is to be seen
     assert set(faulty) == set(EXCEPTIONS), faulty
+    if catalog.is_current("timm"):  # as measured with this very version
+        listed = catalog.rows("timm")
+        assert {row["name"]: timm_row(row) for row in rows} == listed, "python -m tests.catalog writes it anew"
     assert {row["family"] for row in rows if row["stages"][0][0] != "stem"} == {"coat", "crossvit", "mvitv2", "twins"}
 
 
