@@ -18,7 +18,7 @@ from bbx.backbone import Backbone, parameters_by_stage
 from bbx.errors import UsageError
 from bbx.providers import load_backbone, load_structure, resolve, saved
 from bbx.spec import Build, Norm, Preprocess, Stage, align_stages, select_stages
-from bbx.taps import LastingTaps, channels_first
+from bbx.taps import LastingTaps, channels_first, exclusive
 
 
 class BackboneOutput(NamedTuple):
@@ -63,6 +63,11 @@ class BackboneConfig:
         self._stages = load_structure(
             self.model, weights="random", size=self.build.size, norm=norm, options=self.build.options
         ).stages
+        if any("." in stage.name for stage in self._stages):
+            raise UsageError(
+                f"{self.model} has a neck and heads: it is no backbone",
+                "bbx.load_backbone and bbx.assemble give such models, by role",
+            )
         self._out_features, self._out_indices = align_stages(self.stage_names, out_features, out_indices)
 
     @property
@@ -120,8 +125,11 @@ class BackboneConfig:
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
-        options = f", options={dict(self.build.options)}" if self.build.options else ""
-        return f"BackboneConfig({self.model!r}, out_features={self.out_features}{options})"
+        build = self.build
+        given = {"seed": build.seed, "size": build.size, "norm": build.norm, "options": dict(build.options)}
+        usual: dict[str, Any] = {"seed": 0, "size": None, "norm": "raw", "options": {}}
+        more = "".join(f", {name}={value!r}" for name, value in given.items() if value != usual[name])
+        return f"BackboneConfig({self.model!r}, out_features={self.out_features}{more})"
 
 
 class AutoBackbone(nn.Module):
@@ -174,6 +182,8 @@ class AutoBackbone(nn.Module):
                 config._out_features, config._out_indices = align_stages(config.stage_names, out_features, out_indices)
             return cls(config, load_backbone(str(folder)))
         backbone = load_backbone(str(model), weights=weights, seed=seed, size=size, norm=norm or "raw", options=options)
+        usual = load_structure(str(backbone.ref), weights="random", options=options).preprocess.size
+        size = backbone.preprocess.size if backbone.preprocess.size != usual else None  # some weights have their own
         config = BackboneConfig(
             str(backbone.ref), out_features=out_features, out_indices=out_indices, seed=seed, size=size,
             norm=norm or "raw", options=options,
@@ -190,8 +200,9 @@ class AutoBackbone(nn.Module):
         target, backbone = Path(folder), self._backbone
         content = self.config.to_saved(backbone.preprocess)
         options = json.loads(backbone.config) if backbone.config else {}
-        if "model_type" in options:  # the folder or hub id that it came from may not be there when it is loaded
-            content = replace(content, model=f"{backbone.ref.provider}:{options.pop('model_type')}")
+        for key in ("model_type", "architecture"):
+            if key in options:  # the folder or hub id that it came from may not be there when it is loaded
+                content = replace(content, model=f"{backbone.ref.provider}:{options.pop(key)}")
         saved.write_config(target, replace(content, build=replace(content.build, options=options)))
         saved.write_weights(target, backbone)
 
@@ -254,11 +265,12 @@ class AutoBackbone(nn.Module):
         names = self.config._out_features
         wanted = tuple(self._tap_of) if output_hidden_states else names
         taps = [self._tap_of[name] for name in wanted]
-        if self._taps:
-            raw = self._taps.capture(self.network, taps, pixel_values)
-        else:
-            assert self._backbone.forward is not None
-            raw = self._backbone.forward(pixel_values, taps)
+        with exclusive(self.network):
+            if self._taps:
+                raw = self._taps.capture(self.network, taps, pixel_values)
+            else:
+                assert self._backbone.forward is not None
+                raw = self._backbone.forward(pixel_values, taps)
         maps = {tap.name: channels_first(raw[tap.name], tap, pixel_values) for tap in taps}
         return BackboneOutput(
             tuple(maps[name] for name in names),
@@ -269,19 +281,23 @@ class AutoBackbone(nn.Module):
     def _attentions(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         if self._backbone.attend is None:
             raise UsageError(
-                f"{self._backbone.ref} shows no attention maps", "transformers' models do; leave output_attentions out"
+                f"{self._backbone.ref} shows no attention maps",
+                "transformers' attention networks do; leave output_attentions out",
             )
         return self._backbone.attend(pixel_values)
 
     def freeze(self, stages: str | Iterable[str | int] = "all") -> AutoBackbone:
         """Stops the training of `stages` (`select_stages`' rules): no gradients, batch norms by their statistics.
 
-        A stage's parameters are those that it is the first to use. All other stages are made trainable; `freeze(())`
-        frees them all. Returns the model.
+        A stage's parameters are those that it is the first to use; `all` means those of the classifier too. All others
+        are made trainable; `freeze(())` frees them all. Returns the model.
         """
         chosen = () if not stages else select_stages(self.stage_names, stages)
-        by_stage = parameters_by_stage(self._backbone)
-        frozen = {name for stage in chosen for name in by_stage[stage]}
+        if list(chosen) == self.stage_names:
+            frozen = {name for name, _ in self.network.named_parameters()}
+        else:
+            by_stage = parameters_by_stage(self._backbone)
+            frozen = {name for stage in chosen for name in by_stage[stage]}
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name not in frozen)
         self._frozen = frozenset(frozen)

@@ -8,8 +8,8 @@ forwards, and the check that what comes out is what was declared.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bbx.errors import ContractError, UsageError, WeightsError
-from bbx.spec import ModelRef, Precision, Preprocess, Stage, select_stages
-from bbx.taps import Tap, capture, channels_first, free_taps, settled
+from bbx.spec import ModelRef, Norm, Precision, Preprocess, Stage, select_stages
+from bbx.taps import Tap, capture, channels_first, exclusive, free_taps, settled
 
 Forward = Callable[[Tensor, Sequence[Tap]], dict[str, Tensor]]
 """`(pixels, taps)` → each tap's raw output, in its own layout, having run nothing past the last one."""
@@ -34,7 +34,8 @@ class Backbone:
     the modules of the classifier that they do not fit, `notes` is what a user should know. In evaluation mode;
     gradients flow unless the caller forbids them. `forward` is the provider's own way to the maps where hooks will
     not do, `attend` its way to the attention maps `(b, heads, t, t)`. `config` is the JSON text of what the network was
-    built from where its name does not say it: an assembled model, options, a folder's configuration.
+    built from where its name does not say it: an assembled model, options, a folder. `norm` and `tokens`
+    say how it was built.
     """
 
     ref: ModelRef
@@ -49,6 +50,8 @@ class Backbone:
     forward: Forward | None = None
     precision: Precision = "float32"
     config: str = ""
+    norm: Norm = "raw"
+    tokens: bool = False
     attend: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     @property
@@ -121,7 +124,7 @@ class Backbone:
     def _run(self, pixels: Tensor, taps: Sequence[Tap]) -> dict[str, Tensor]:
         lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         casting = torch.autocast(pixels.device.type, dtype=lower) if lower else nullcontext()
-        with casting:
+        with casting, exclusive(self.network):
             return self.forward(pixels, taps) if self.forward else capture(self.network, taps, pixels)
 
     def _check(self, got: Tensor, stage: Stage, batch: int, *, whole: bool) -> None:
@@ -206,14 +209,12 @@ def parameters_by_stage(backbone: Backbone) -> dict[str, tuple[str, ...]]:
     """The names of the parameters that each stage is the first to use, whether or not it was selected."""
     every = backbone.select("all")
     network = backbone.network
-    used_by: dict[str, set[str]] = {}
     modules = {name for name, _ in network.named_modules() if name}
-    hooked = [tap for tap in every._measured[0] if tap.module in modules]
-    used_by.update(_used(every, hooked))
-    for tap in every.taps:
-        if tap.name not in used_by:  # no module's output is its map: what runs for it alone is what it uses
-            alone = backbone.select([tap.name])
-            used_by[tap.name] = _used(alone, ())[""]
+    with _evaluating(network):
+        used_by = _used(every, [tap for tap in every._measured[0] if tap.module in modules])
+        for tap in every.taps:
+            if tap.name not in used_by:  # no module's output is its map: what runs for it alone is what it uses
+                used_by[tap.name] = _used(backbone.select([tap.name]), ())[""]
     found: dict[str, tuple[str, ...]] = {}
     before: set[str] = set()
     for name in every.stage_names:
@@ -221,6 +222,18 @@ def parameters_by_stage(backbone: Backbone) -> dict[str, tuple[str, ...]]:
         found[name] = tuple(key for key, _ in network.named_parameters() if key in own)
         before |= used_by[name]
     return found
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """A forward in training mode would move the statistics of batch norms; each module's mode is its own afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _used(backbone: Backbone, taps: Sequence[Tap]) -> dict[str, set[str]]:
@@ -233,8 +246,15 @@ def _used(backbone: Backbone, taps: Sequence[Tap]) -> dict[str, set[str]]:
     for tap in taps:
         by_module.setdefault(id(network.get_submodule(tap.module)), []).append(tap)
 
+    # A module whose children are run without it (timm's networks by `forward_intermediates`) is used with them.
+    around: dict[int, list[nn.Module]] = {}
+    for name, module in network.named_modules():
+        parts = name.split(".") if name else []
+        around[id(module)] = [network.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+
     def entered(module: nn.Module, _inputs: Any) -> None:
-        used.update(name_of[id(parameter)] for parameter in module.parameters(recurse=False))
+        for one in around[id(module)]:
+            used.update(name_of[id(parameter)] for parameter in one.parameters(recurse=False))
 
     def left(module: nn.Module, _inputs: Any, _output: Any) -> None:
         # Some parents use a child's weights without calling it (attention), so a finished module counts whole.

@@ -227,14 +227,8 @@ def stages_command(
         _print_json(facts.of_comparison(result)) if as_json else console.comparison(result)
         return
     from bbx.backbone import parameters_until
-    from bbx.providers import load_structure
 
-    if config:
-        from bbx.assembly import assemble
-
-        backbone = assemble(config, model=model or "", structure=True, **options)
-    else:
-        backbone = load_structure(str(model), **options)
+    backbone = _backbone(model, config, structure=True, **options)
     parameters = parameters_until(backbone)
     if as_json:
         _print_json(facts.of_stages(backbone, parameters))
@@ -367,16 +361,16 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _backbone(model: str | None, config: str | None, **options: Any) -> Backbone:
+def _backbone(model: str | None, config: str | None, *, structure: bool = False, **options: Any) -> Backbone:
     if config is None:
-        from bbx.providers import load_backbone
+        from bbx.providers import load_backbone, load_structure
 
-        return load_backbone(str(model), **options)
+        return load_structure(str(model), **options) if structure else load_backbone(str(model), **options)
     from bbx.assembly import assemble
 
     if wrong := set(options) & {"weights", "tokens"}:
         raise UsageError(f"--{wrong.pop()} does not go with --config", "the configuration says the weights")
-    return assemble(config, model=model or "", **options)
+    return assemble(config, model=model or "", structure=structure, **options)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -251,7 +251,8 @@ def info(file: FeatureFile) -> None:
     grid.add_row("model", plain(f"{run.model}, weights {run.weights}"))
     grid.add_row("digest", plain(f"weights {run.weights_digest}"))
     grid.add_row("input", plain(run.preprocess.describe()))
-    grid.add_row("values", plain(f"{run.dtype}, computed in {run.precision}, pool {run.pool}, norm {run.norm}"))
+    made = f"{run.dtype}, computed in {run.precision}, pool {run.pool}, norm {run.norm}{', tokens' * run.tokens}"
+    grid.add_row("values", plain(made))
     if run.config:
         grid.add_row("config", plain(run.config))
     for attempt in file.attempts:

@@ -16,6 +16,7 @@ import torch
 from bbx.backbone import Backbone
 from bbx.errors import EXIT_ALL_FAILED, EXIT_SOME_FAILED, StartError, UsageError
 from bbx.images import ImageList
+from bbx.providers.table import EXTRAS
 from bbx.spec import RunSpec
 from bbx.store import Target, check_room
 
@@ -117,7 +118,8 @@ def free_nbytes(output: Path) -> int:
 
 def attempt(plan: Plan) -> dict[str, object]:
     """Who, where and with what, for the file's provenance."""
-    packages = ("bbx", "torch", "torchvision", "numpy", "pillow", "h5py")
+    library = plan.run.model.partition(":")[0]
+    packages = ("bbx", "torch", "torchvision", "numpy", "pillow", "h5py", *(name for name in EXTRAS if name == library))
     name = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else platform.machine()
     return {
         "device": f"{plan.device} ({name})",

@@ -140,7 +140,8 @@ def extract(
         dtype=dtype,
         pool=pool,
         precision=precision,
-        norm=norm,
+        norm=backbone.norm,
+        tokens=backbone.tokens,
         config=backbone.config,
     )
     path = Path(output)

@@ -302,7 +302,8 @@ class Preprocess:
 class RunSpec:
     """What makes a run this run: two runs are the same exactly when these are equal (`weights`, a label, aside).
 
-    `config` is the JSON text of an assembled model's configuration, empty for a model that its name describes.
+    `config` is the JSON text of what the model was built from where its name does not say it. `norm` and `tokens` as in
+    `Build`.
     """
 
     model: str
@@ -313,6 +314,7 @@ class RunSpec:
     pool: Pool = "none"
     precision: Precision = "float32"
     norm: Norm = "raw"
+    tokens: bool = False
     config: str = ""
     weights: str = field(default="", compare=False)
 
@@ -354,6 +356,7 @@ class RunSpec:
         data = asdict(self)
         for holder, name, usual in (
             (data, "norm", "raw"),
+            (data, "tokens", False),
             (data, "config", ""),
             (data["preprocess"], "processor", ""),
         ):
@@ -400,6 +403,10 @@ def _checked(kind: type[Any], data: dict[str, Any]) -> Any:
 
 
 def _check_type(name: str, declared: str, value: object) -> None:
+    if declared == "bool":
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {type(value).__name__}, not bool")
+        return
     words: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "tuple": (tuple,)}
     kind = declared.split("[")[0].split(" ")[0]
     expected = words.get(kind, (str, Preprocess))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from threading import Lock, RLock
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +78,21 @@ def capture(
         except _Stop:
             return caught
     return caught
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_ADDING = Lock()
+
+
+def exclusive(network: nn.Module) -> AbstractContextManager[Any]:
+    """Held while `network` runs under hooks, or cut short: two threads in one network would hear each other.
+
+    A graph that `torch.compile` traces contains no lock; compiled code is for one thread at a time.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    with _ADDING:
+        return _LOCKS.setdefault(network, RLock())
 
 
 class LastingTaps:

@@ -1,7 +1,10 @@
 """The contract of every bbx backbone: what transformers' own backbone tests check, for all providers alike."""
 
 import copy
+import inspect
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 import bbx
 from bbx import AutoBackbone, AutoImageProcessor, BackboneConfig
 from bbx.errors import FileError, UsageError, WeightsError
+from bbx.providers import resolve
 from bbx.spec import align_stages, select_stages
 from tests.conftest import EXTRAS, SAMPLES
 
@@ -161,6 +165,25 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
     assert AutoImageProcessor.from_pretrained(tmp_path / "saved").preprocess == model.preprocess
 
 
+@every
+def test_the_first_argument_of_forward_is_pixel_values(model):
+    assert next(iter(inspect.signature(model.forward).parameters)) == "pixel_values"
+
+
+@every
+def test_threads_do_not_hear_each_other(model):
+    inputs = [pixels(model)[:1] + number for number in range(3)]
+    with torch.no_grad():
+        alone = [model(one).feature_maps[0] for one in inputs]
+
+    def call(number: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(model(inputs[number % 3]).feature_maps[0], alone[number % 3])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(12)))
+
+
 WRONG = [
     ({"out_indices": 2}, "not a list"),
     ({"out_indices": [99]}, "index 99"),
@@ -236,6 +259,32 @@ def test_frozen_stages_do_not_learn_and_their_batch_norms_stand_still():
         model.freeze("stege1")
 
 
+def test_freezing_while_training_moves_no_statistics():
+    model = AutoBackbone.from_config(BackboneConfig("torchvision:resnet18")).train()
+    before = {name: value.clone() for name, value in model.network.named_buffers()}
+    model.freeze("stem")
+    assert all(torch.equal(value, before[name]) for name, value in model.network.named_buffers())
+    assert model.network.layer1[0].bn1.training
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision:vit_b_32", *(["timm:vit_tiny_patch16_224"] * ("timm" in EXTRAS)),
+             *(["transformers:dinov2"] * ("transformers" in EXTRAS))],
+)  # fmt: skip
+def test_a_frozen_stage_gives_the_same_after_a_step(name):
+    options = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3} if "dinov2" in name else {}
+    model = AutoBackbone.from_config(BackboneConfig(name, out_indices=[0, 1, 2], options=options)).freeze(["stem"])
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1.0)
+    before = model(PIXELS[:1]).feature_maps
+    sum(one.square().mean() for one in before).backward()
+    optimizer.step()
+    after = model(PIXELS[:1]).feature_maps
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[2], after[2])
+    model.freeze("all")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_it_learns_inside_another_network():
     backbone = AutoBackbone.from_config(BackboneConfig("toy", out_indices=[1, 2]))
     network = torch.nn.ModuleDict({"backbone": backbone, "head": torch.nn.Linear(backbone.channels[-1], 1)})
@@ -290,6 +339,75 @@ def test_a_saved_folder_is_a_models_name_at_the_shell_too(bbx_cli, pictures, tmp
     with bbx.open("features.h5") as file, torch.inference_mode():
         expected = one(**processor(pictures / "003.png", return_tensors="pt")).feature_maps[0][0]
         np.testing.assert_allclose(file["stem"]["003.png"], expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_with_neck_and_heads_is_no_backbone():
+    with pytest.raises(UsageError, match=r"no backbone.*bbx\.assemble"):
+        BackboneConfig("torchvision:lraspp_mobilenet_v3_large")
+
+
+if "transformers" in EXTRAS:
+
+    def test_a_saved_norm_is_recorded_and_not_overruled(bbx_cli, pictures, tmp_path):
+        options = {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8, "window_size": 2, "image_size": 32}
+        config = BackboneConfig("transformers:swin", norm="native", options=options)
+        AutoBackbone.from_config(config).save_pretrained(tmp_path / "mine")
+        ran = bbx_cli("extract", "--model", "./mine", "--stages", "all", pictures)
+        assert ran.code == 0, ran.err
+        with bbx.open("features.h5") as file:
+            assert file.run.norm == "native"
+        assert "native" in bbx_cli("info", "features.h5").out
+        with pytest.raises(UsageError, match="its own norm"):
+            bbx.load_backbone("./mine", options={"depths": [2, 2]})
+
+    def test_a_backbone_from_a_folder_outlives_it(tmp_path):
+        import transformers
+
+        small = transformers.ResNetConfig(depths=[1, 1], hidden_sizes=[8, 16], embedding_size=8)
+        transformers.ResNetBackbone(small).save_pretrained(tmp_path / "theirs")
+        model = AutoBackbone.from_pretrained(tmp_path / "theirs", out_indices=[1])
+        model.save_pretrained(tmp_path / "mine")
+        shutil.rmtree(tmp_path / "theirs")
+        loaded = AutoBackbone.from_pretrained(tmp_path / "mine")
+        assert torch.equal(loaded(PIXELS).feature_maps[0], model(PIXELS).feature_maps[0])
+
+
+def test_pooled_tokens_are_another_run_than_pooled_maps(bbx_cli, pictures):
+    words = (
+        "extract",
+        "--model",
+        "torchvision:vit_b_32",
+        "--weights",
+        "random",
+        "--stages",
+        "stem",
+        "--pool",
+        "avg",
+        pictures,
+    )
+    assert bbx_cli(*words, "--tokens").code == 0
+    ran = bbx_cli(*words)
+    assert ran.code == 3
+    assert "tokens" in ran.err
+
+
+def test_a_folder_of_a_models_name_does_not_hide_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
+    (tmp_path / "swin-tiny").mkdir()
+    assert str(resolve("resnet18")) == "torchvision:resnet18"
+    assert str(resolve("swin-tiny")) == "torchvision:swin_t"
+    AutoBackbone.from_config(BackboneConfig("toy")).save_pretrained(tmp_path / "mine")
+    assert str(resolve("mine")) == str(resolve("./mine")) == str(resolve(str(tmp_path / "mine"))) == "toy:toy"
+
+
+def test_weights_of_another_size_are_saved_with_it(tmp_path):
+    model = AutoBackbone.from_pretrained("torchvision:vit_b_32", weights="random", size=64, out_indices=[1])
+    model.save_pretrained(tmp_path / "mine")
+    loaded = AutoBackbone.from_pretrained(tmp_path / "mine")
+    assert loaded.preprocess.size == (64, 64)
+    assert torch.equal(loaded(PIXELS[:, :, :64, :64])[0][0], model(PIXELS[:, :, :64, :64])[0][0])
+    assert loaded.config.stages[1].shape == (768, 2, 2)
 
 
 def test_a_damaged_folder_is_named(tmp_path):

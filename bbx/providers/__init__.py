@@ -8,6 +8,7 @@ an extra in pyproject.toml, its rows in the catalogue (`python -m tests.catalog`
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from bbx.spec import Build, ExifMode, ModelRef, Norm, ResizeMode, one_of
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
 
+# Prefixes by which timm names a place.
+_HUBS = ("hf-hub", "local-dir")
+
 __all__ = ["PROVIDERS", "list_models", "load_backbone", "load_structure", "resolve"]
 
 
@@ -33,9 +37,12 @@ def resolve(model: str | ModelRef, *, weights: str = "auto") -> ModelRef:
     of the Hugging Face hub. Case, `-` and `_` do not matter in listed names. Raises `UsageError` with the nearest
     names, `MissingExtraError` with the line to type when a package is missing.
     """
-    ref = _placed(model if isinstance(model, ModelRef) else ModelRef.parse(model, weights))
-    if saved.is_saved(folder := Path(ref.name)) and ref.weights == "auto":
-        return replace(ModelRef.parse(saved.read_config(folder).model), weights=str(folder))
+    ref = model if isinstance(model, ModelRef) else ModelRef.parse(model, weights)
+    # A plain word is a folder only where no list knows it: an empty folder `resnet18` must not hide the model.
+    if ref.provider in _HUBS or (not ref.provider and ("/" in ref.name or ref.name.startswith(("~", ".")))):
+        ref = _placed(ref)
+        if saved.is_saved(Path(ref.name)):
+            return _saved(ref)
     if ref.provider and ref.provider not in PROVIDERS:
         close = nearest(ref.provider, PROVIDERS, 1) or list(PROVIDERS)
         raise UsageError(
@@ -52,6 +59,9 @@ def resolve(model: str | ModelRef, *, weights: str = "auto") -> ModelRef:
                 raise UsageError(f"{str(ref)!r} names more than one model", f"did you mean {' or '.join(found)}?")
             if found:
                 return replace(known[found[0]], weights=ref.weights)
+    if not ref.provider and Path(ref.name).is_dir():
+        ref = _placed(ref)
+        return _saved(ref) if saved.is_saved(Path(ref.name)) else ref
     for provider in here:
         for module in PROVIDERS[provider]:
             find = getattr(imported(module), "find", None)
@@ -92,7 +102,7 @@ def load_backbone(
         raise UsageError(f"size {size!r} is no size", "pixels, such as 224, or (height, width)")
     build = Build(seed=seed, size=height_width, norm=norm, tokens=tokens, options=options or {})
     if content:
-        backbone = _fromfolder(ref, content, folder, replace(content.build, size=height_width or content.build.size))
+        backbone = _from_folder(ref, content, folder, _agreed(content.build, build, folder))
     else:
         backbone = _load(ref, build)
     preprocess = backbone.preprocess.override(mode=resize_mode, exif=exif)
@@ -117,11 +127,27 @@ def load_structure(
     if saved.is_saved(folder := Path(ref.weights)):
         content = saved.read_config(folder)
         ref = replace(ref, weights="random")
-        build = replace(content.build, size=size or content.build.size, structure=True, tokens=tokens)
+        build = replace(_agreed(content.build, build, folder), structure=True)
     return _load(ref, build).select("all")
 
 
-def _fromfolder(ref: ModelRef, content: saved.Saved, folder: Path, build: Build) -> Backbone:
+def _saved(ref: ModelRef) -> ModelRef:
+    """The model of a folder that bbx saved: its provider's, with the folder as its weights."""
+    if ref.weights != "auto":
+        raise UsageError(f"{ref.name} is saved with its weights", "leave --weights out")
+    return replace(ModelRef.parse(saved.read_config(Path(ref.name)).model), weights=ref.name)
+
+
+def _agreed(own: Build, wish: Build, folder: Path) -> Build:
+    """How a saved backbone is built, with another size or as tokens if wished; its norm and options are its own."""
+    if wish.options or (wish.norm != "raw" and wish.norm != own.norm):
+        raise UsageError(
+            f"{folder} is saved with its own norm ({own.norm}) and options", "leave --norm and options out"
+        )
+    return replace(own, size=wish.size or own.size, tokens=wish.tokens)
+
+
+def _from_folder(ref: ModelRef, content: saved.Saved, folder: Path, build: Build) -> Backbone:
     """What `AutoBackbone.save_pretrained` wrote: built empty, then filled."""
     if str(replace(ref, weights="auto")) != content.model:
         raise WeightsError(f"{folder} holds a {content.model}, not a {ref}", f"--model {folder}")
@@ -133,7 +159,7 @@ def _load(ref: ModelRef, build: Build) -> Backbone:
     for module in map(imported, PROVIDERS[ref.provider]):
         find = getattr(module, "find", None)
         if ref.name in module.names() or (find and find(ref.name)):
-            backbone: Backbone = module.load(ref, build)
+            backbone: Backbone = replace(module.load(ref, build), norm=build.norm, tokens=build.tokens)
             return _as_tokens(backbone) if build.tokens else backbone
     raise _unknown(ref, [ref.provider])
 
@@ -147,26 +173,28 @@ def _as_tokens(backbone: Backbone) -> Backbone:
 
 def _placed(ref: ModelRef) -> ModelRef:
     """With the provider that a hub's prefix, a folder's configuration or an `org/name` speaks of."""
-    if ref.provider in ("hf-hub", "local-dir"):
+    if ref.provider in _HUBS:
         return replace(ref, provider="timm", name=str(ref))
     if ref.provider:
         return ref
-    config = Path(ref.name).expanduser() / "config.json"
+    folder = Path(ref.name).expanduser()
+    config = folder / "config.json"
+    path = os.path.normpath(folder)  # the same folder, the same run
     if config.is_file():
         try:
             content = json.loads(config.read_text())
         except ValueError as error:
             raise UsageError(f"{config} is no JSON: {error}", "is the folder a saved model?") from None
         if "bbx_version" in content:
-            return ref
+            return replace(ref, name=path)
         if "model_type" in content:
-            return replace(ref, provider="transformers")
+            return replace(ref, provider="transformers", name=path)
         if "architecture" in content:
-            return replace(ref, provider="timm", name=f"local-dir:{ref.name}")
+            return replace(ref, provider="timm", name=f"local-dir:{path}")
         raise UsageError(
             f"{config} says neither model_type (transformers) nor architecture (timm)", "is the folder a saved model?"
         )
-    if Path(ref.name).is_dir() or ref.name.startswith(("./", "../", "/", "~")):
+    if folder.is_dir() or ref.name.startswith(("./", "../", "/", "~")):
         raise UsageError(f"{ref.name} holds no config.json", "give a model's name, or the folder of a saved model")
     if ref.name.count("/") == 1:
         timm = ref.name.startswith("timm/")

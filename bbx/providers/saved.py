@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bbx.errors import FileError, WeightsError
+from bbx.providers.table import PROVIDERS
 from bbx.spec import Build, Preprocess
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ def read_config(folder: Path) -> Saved:
         content: dict[str, Any] = json.loads(path.read_text())
         content.pop("bbx_version")
         build, preprocess = content.pop("build"), content.pop("preprocess")
+        provider = content["model"].partition(":")[0]
+        if provider not in PROVIDERS:
+            raise ValueError(f"model {content['model']!r} names no provider")
         return Saved(
             build=Build(**_tuples(build)),
             preprocess=preprocess and Preprocess(**_tuples(preprocess)),

@@ -94,7 +94,7 @@ def load(ref: ModelRef, build: Build = BUILD) -> Backbone:
     taps, index = taps_of(network, tokens=build.tokens, native=build.norm == "native")
     forward = Intermediates.of(network, taps, index, tokens=build.tokens) if index else None
     checksum = "" if build.structure else digest(network)
-    text = json.dumps(dict(build.options), sort_keys=True) if build.options else ""
+    text = _text(name, build.options)
     notes = tuple(_notes(network, taps, config))
     return Backbone(ref, network, taps, preprocess, label, checksum, untrained, notes, forward=forward, config=text)
 
@@ -132,6 +132,16 @@ def _configuration(name: str) -> dict[str, Any]:
     except Exception as error:  # the hub's client, its transport, json and timm each raise kinds of their own
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise WeightsError(f"cannot have the configuration of timm:{name}: {reason}", offline_hint(name)) from None
+
+
+def _text(name: str, options: Mapping[str, Any]) -> str:
+    """What the network is built from where its name does not say it: a folder's or hub id's arguments, options."""
+    if ":" not in name:
+        return json.dumps(dict(options), sort_keys=True) if options else ""
+    resolved = timm.models.resolve_model_input_args(name)
+    own = {key: value for key, value in resolved.items() if key not in ("model_name", "pretrained_cfg")}
+    facts = {"architecture": resolved["pretrained_cfg"]["architecture"], **own, **options}
+    return json.dumps(facts, sort_keys=True, default=str)
 
 
 def _preprocess(config: Mapping[str, Any], size: tuple[int, int] | None) -> Preprocess:

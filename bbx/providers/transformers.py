@@ -254,8 +254,8 @@ def _source(ref: ModelRef) -> tuple[str | Path, str]:
 
 
 def _text(ref: ModelRef, config: Any, options: Mapping[str, Any]) -> str:
-    """The configuration as JSON where the name does not say it: a folder's, or one with options."""
-    if not options and not Path(_place(ref.name)).is_dir():
+    """The configuration as JSON where the name does not say it: a folder's, an unknown hub id's, one with options."""
+    if not options and (ref.name in FAMILIES or (ref.name in KNOWN and not Path(ref.name).exists())):
         return ""
     facts = {name: value for name, value in config.to_diff_dict().items() if name not in _BOOKKEEPING}
     return json.dumps(facts, sort_keys=True, default=str)
