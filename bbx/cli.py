@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from bbx.errors import BbxError, InterruptedRunError, UsageError, WriteError
+from bbx.errors import BbxError, InterruptedRunError, UsageError, WriteError, nearest
 from bbx.spec import Dtype, ExifMode, Mode, Norm, OnError, Pool, Precision, ResizeMode, Scale
 
 if TYPE_CHECKING:
@@ -254,7 +254,9 @@ def models(
     found = list_models(pattern, here=here, **filters)
     if not found:
         more = "".join(f" --{name} {value}" for name, value in filters.items()) + " --here" * here
-        raise UsageError(f"no model matches {pattern!r}{more}", "bbx models lists all of them")
+        close = nearest(pattern, {name for row in list_models() for name in (row["name"], row["alias"]) if name})
+        meant = f"did you mean {' or '.join(close)}? " if close else ""
+        raise UsageError(f"no model matches {pattern!r}{more}", f"{meant}bbx models lists all of them")
     if as_json:
         _print_json(found)
     else:

@@ -54,6 +54,13 @@ def test_filters(filters, inside, outside):
     assert outside not in names
 
 
+def test_a_tag_finds_its_architecture_and_a_wrong_name_the_nearest(bbx_cli):
+    assert [row["name"] for row in list_models("timm:resnet50.a1_in1k")] == ["resnet50"]
+    ran = bbx_cli("models", "resnet5O")
+    assert ran.code == 2
+    assert "did you mean resnet50" in ran.err
+
+
 @pytest.mark.parametrize(
     ("filters", "words"),
     [({"provider": "tim"}, "mean timm"), ({"parameters": "30M"}, r"\.\.30M"), ({"parameters": "x..y"}, "range")],

@@ -83,7 +83,9 @@ def _rows(provider: str) -> list[dict[str, Any]]:
 
 
 def _matches(row: Mapping[str, Any], pattern: str, alike: Callable[[str], str]) -> bool:
-    texts = (row["name"], row["alias"], f"{row['provider']}:{row['name']}")
+    tags = [f"{row['name']}.{weights}" for weights in row["weights"]] if row["provider"] == "timm" else []
+    names = [row["name"], *tags]
+    texts = [row["alias"], *names, *(f"{row['provider']}:{name}" for name in names)]
     return any(fnmatch.fnmatchcase(alike(text), alike(pattern)) for text in texts if text)
 
 
@@ -106,7 +108,7 @@ def _is_here(row: Mapping[str, Any], weights: str) -> bool:
     if provider == "timm":
         return f"timm/{name}.{weights}" in _hub_cache()
     if provider == "transformers":
-        return name in _hub_cache()
+        return weights in _hub_cache()
     return row.get("files", {}).get(weights) in _torch_cache()
 
 
