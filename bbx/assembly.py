@@ -7,27 +7,25 @@ of a library that bring their own neck and heads are left to that library's `…
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bbx.backbone import Backbone
-from bbx.errors import MissingExtraError, UsageError, nearest
+from bbx.errors import UsageError, nearest
 from bbx.providers import load_backbone, load_structure
-from bbx.recipe import Model, Pyramid, checked, read
+from bbx.providers.table import PROVIDERS, fold, imported
+from bbx.recipe import Model, Pyramid, checked, read, tidied
 from bbx.spec import BUILD, Build, ExifMode, ModelRef, Norm, ResizeMode, align_stages
 from bbx.taps import Tap, capture, channels_first
 from bbx.weights import digest
-
-# The modules that know classes with necks and heads of their own, in the order in which they are asked.
-TASKS = ("bbx.providers.torchvision_tasks", "bbx.providers.transformers_tasks")
 
 
 def assemble(
@@ -65,19 +63,24 @@ def load_model(recipe: Model, build: Build = BUILD) -> Backbone:
     weights = recipe.weights or ("random" if recipe.backbone else "auto")
     ref = ModelRef.parse(recipe.model, weights)
     known: list[str] = []
-    for home in TASKS:
-        if ref.provider and not home.endswith(f".{ref.provider}_tasks"):
-            continue
-        module = _imported(home)
-        name = next((one for one in module.names() if _fold(one) == _fold(ref.name)), ref.name)
+    for provider, module in _tasks(ref.provider):
+        name = next((one for one in module.names() if fold(one) == fold(ref.name)), ref.name)
         known += module.names()
         if name in module.names() or (hasattr(module, "find") and module.find(name)):
-            exact = ModelRef(home.rpartition(".")[2].removesuffix("_tasks"), name, weights)
+            exact = ModelRef(provider, tidied(name), weights)
             parts = {"backbone": dict(recipe.backbone), "options": dict(recipe.options)}
             backbone: Backbone = module.load(exact, build, config={key: part for key, part in parts.items() if part})
             return backbone
     close = nearest(ref.name, known)
     raise UsageError(f"{recipe.model!r} is no assembled model", f"did you mean {' or '.join(close)}?" if close else "")
+
+
+def _tasks(only: str) -> Iterator[tuple[str, Any]]:
+    """The modules that know classes with necks and heads of their own, with their providers."""
+    for provider, modules in PROVIDERS.items():
+        for module in modules if only in ("", provider) else ():
+            if module.endswith("_tasks"):
+                yield provider, imported(module)
 
 
 def load_pyramid(recipe: Pyramid, build: Build = BUILD) -> Backbone:
@@ -88,9 +91,9 @@ def load_pyramid(recipe: Pyramid, build: Build = BUILD) -> Backbone:
         torch.manual_seed(seed)
         network = Assembled(recipe, inner)
     parts = "".join(f"+{part}" for part in (recipe.neck, recipe.head) if part != "none")
-    added = f", {'neck and head' if parts.count('+') == 2 else 'the rest'} random (seed {seed})" if parts else ""
+    added = f", {' and '.join(parts[1:].split('+'))} random (seed {seed})" if parts else ""
     return Backbone(
-        replace(inner.ref, name=f"{inner.ref.name}{parts}"),
+        replace(inner.ref, name=f"{tidied(inner.ref.name)}{parts}"),
         network.eval(),
         network.taps,
         inner.preprocess,
@@ -98,8 +101,16 @@ def load_pyramid(recipe: Pyramid, build: Build = BUILD) -> Backbone:
         "" if build.structure else digest(network, options=inner.weights_digest),
         notes=inner.notes,
         forward=network.read,
-        config=recipe.to_json(),
+        config=_text(recipe, inner),
     )
+
+
+def _text(recipe: Pyramid, inner: Backbone) -> str:
+    """The recipe, and what the backbone was built from where its name does not say it."""
+    facts = json.loads(recipe.to_json())
+    if inner.config:
+        facts["built_from"] = json.loads(inner.config)
+    return json.dumps(facts, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +182,7 @@ def _below(tap: Tap) -> str:
 
 def _inner(recipe: Pyramid, build: Build) -> Backbone:
     """The backbone, giving the stages that the neck takes."""
-    seed = recipe.seed or build.seed
+    seed = build.seed if recipe.seed is None else recipe.seed
     shared: dict[str, Any] = {"size": build.size, "norm": build.norm, "options": recipe.options}
     if build.structure:
         inner = load_structure(recipe.model, weights=recipe.weights, **shared)
@@ -234,16 +245,3 @@ def _head(recipe: Pyramid, levels: list[_Level], sources: Sequence[str]) -> tupl
         raise UsageError(f"head.in: no level {wish!r}", f"{meant}valid: {', '.join(known)}")
     kind = {"fcn": FCNHead, "deeplab": DeepLabHead}[recipe.head]
     return kind(known[wish].channels, recipe.num_classes), f"{'neck' if neck else 'backbone'}.{wish}"
-
-
-def _imported(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name in ("transformers", "timm"):
-            raise MissingExtraError(error.name) from None
-        raise
-
-
-def _fold(name: str) -> str:
-    return name.lower().replace("-", "_")

@@ -25,14 +25,14 @@ Neck = Literal["none", "fpn"]
 class Pyramid:
     """A backbone, `neck` over its `stages`, `head` on one level (`level`: "" is the finest, or the last stage).
 
-    `stages`, names or indices in network order; empty: all but the stem. `seed` of the backbone's random weights,
-    `options` the library's own arguments of it.
+    `stages`, names or indices in network order; empty: all but the stem. `seed` of the backbone's random weights
+    (None: the run's), `options` the library's own arguments of it.
     """
 
     model: str
     weights: str = "auto"
     stages: tuple[str, ...] | tuple[int, ...] = ()
-    seed: int = 0
+    seed: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     neck: Neck = "fpn"
     out_channels: int = 256
@@ -42,8 +42,10 @@ class Pyramid:
     level: str = ""
 
     def to_json(self) -> str:
-        """Canonical: the same model, the same text."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Canonical: the same model, the same text. Without the seed, which the digest of the weights speaks for."""
+        facts = {**asdict(self), "model": tidied(self.model), "weights": tidied(self.weights)}
+        del facts["seed"]
+        return json.dumps(facts, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,11 @@ _HEAD: dict[str, tuple[str, type, Any]] = {
 }
 _PARTS = {"backbone": _BACKBONE, "neck": _NECK, "head": _HEAD}
 _MODEL = ("model", "weights", "backbone", "options")
+
+
+def tidied(name: str) -> str:
+    """A model's name or the path of its folder or file, one path in one spelling: `./r18.pth` is `r18.pth`."""
+    return os.path.normpath(Path(name).expanduser()) if name else ""
 
 
 def read(config: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:

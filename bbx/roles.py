@@ -33,7 +33,8 @@ class Outlet:
     `pick` holds attribute names and positions; what is still a tuple at its end gives its first tensor. A `name` that
     ends in `.p*` stands for every map in that part, one outlet each once `settled`; `call` 0 then means every call.
     `form`: a tap's layouts; `windows`, tokens `(b·side², prefix + t, c)` of a map cut into `side` × `side` windows;
-    `plane`, `(b, h, w)`. The first `prefix` tokens are no part of the map. `optional`: left out where `module` is not
+    `plane`, `(b, h, w)` where it has one channel.
+    The first `prefix` tokens are no part of the map. `optional`: left out where `module` is not
     in the network.
     """
 
@@ -199,7 +200,7 @@ def _maps(part: Any, pick: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | 
 
 def _formed(tensor: Tensor, outlet: Outlet, pixels: Tensor) -> Tensor:
     """In one of a tap's layouts."""
-    if outlet.form == "plane":
+    if outlet.form == "plane" and tensor.ndim == 3:
         return tensor.unsqueeze(1)
     if outlet.form == "windows":
         batch, side = len(pixels), outlet.side

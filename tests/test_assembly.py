@@ -253,3 +253,36 @@ def test_a_configuration_excludes_what_it_says_itself(bbx_cli, pictures, tmp_pat
         assert "--config" in ran.err
     listed = json.loads(bbx_cli("stages", "--config", "my.json", "--size", "64", "--json").out)
     assert [stage["name"] for stage in listed["stages"]][:3] == ["backbone.stem", "backbone.stage1", "backbone.stage2"]
+
+
+def test_an_explicit_seed_of_the_backbone_wins():
+    explicit = {**TOY, "seed": 0}
+    by_seed = {
+        (given.get("seed"), seed): assemble({"backbone": given}, size=64, seed=seed).weights_digest
+        for given in (TOY, explicit)
+        for seed in (0, 1)
+    }
+    assert by_seed[0, 0] == by_seed[0, 1] == by_seed[None, 0] != by_seed[None, 1]
+
+
+def test_another_spelling_of_a_path_is_the_same_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(bbx.load_backbone("resnet18", weights="random").network.state_dict(), "r18.pth")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    configs = {
+        weights: assemble({"backbone": {"model": "resnet18", "weights": weights}, "neck": {}}, size=64).config
+        for weights in ("r18.pth", "./r18.pth", "~/r18.pth", str(tmp_path / "r18.pth"))
+    }
+    assert configs["r18.pth"] == configs["./r18.pth"]
+    assert configs["~/r18.pth"] == configs[str(tmp_path / "r18.pth")]
+
+
+def test_what_the_backbone_was_built_from_is_recorded():
+    given = {"model": "torchvision:resnet18", "weights": "random", "options": {"width_per_group": 64}}
+    recorded = json.loads(assemble({"backbone": given, "neck": {}}, size=64).config)
+    assert recorded["built_from"] == {"width_per_group": 64}
+
+
+def test_random_parts_are_named_in_the_label():
+    backbone = assemble(recipe(), size=64)
+    assert backbone.weights.endswith(", fpn and fcn random (seed 0)")

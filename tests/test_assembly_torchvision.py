@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from bbx.errors import UsageError
+from bbx.errors import UsageError, WeightsError
 from bbx.providers.torchvision_tasks import TASKS, load, names
 from bbx.spec import Build, ModelRef, storable_name
 from tests.test_assembly import calls
@@ -111,6 +111,8 @@ def test_a_file_with_other_classes_leaves_out_the_roles_that_it_does_not_fit(tmp
     backbone = loaded("lraspp_mobilenet_v3_large", str(tmp_path / "mine.pth"))
     assert not any(name.startswith("head.") for name in backbone.stage_names)
     assert "classifier" in " ".join(backbone.notes)
+    with pytest.raises(WeightsError, match="do not fit"):
+        backbone.select(layers="classifier.low_classifier")
     options = {"num_classes": 4}
     fitting = load(
         ModelRef("torchvision", "lraspp_mobilenet_v3_large", str(tmp_path / "mine.pth")),
@@ -169,3 +171,11 @@ def test_every_row_of_the_table_is_used():
 def test_every_role_can_be_stored_under_its_own_name():
     roles = {outlet.name.replace("*", "6_2") for task in TASKS for outlet in task.outlets}
     assert {role for role in roles if storable_name(role) != role} == set()
+
+
+def test_options_are_recorded():
+    texts = [
+        loaded("lraspp_mobilenet_v3_large", structure=True, options=options).config
+        for options in ({}, {"num_classes": 4})
+    ]
+    assert texts == ["", '{"model": "lraspp_mobilenet_v3_large", "options": {"num_classes": 4}}']

@@ -1,13 +1,15 @@
 """transformers' assembled models by role: shapes, values of the library's own forward, early exit, pretrained parts."""
 
+import io
 import json
 
 import pytest
 import torch
 import transformers
 
+import bbx
 from bbx.assembly import assemble
-from bbx.errors import UsageError, WeightsError
+from bbx.errors import BbxError, MissingExtraError, UsageError, WeightsError
 from bbx.providers import transformers_tasks
 from bbx.providers.transformers_roles import TASKS
 from bbx.spec import Build, ModelRef, storable_name
@@ -217,13 +219,17 @@ def test_layers_by_path_are_read_beside_the_roles():
 
 def test_a_backbone_may_be_given_as_transformers_own_configuration_object():
     fields = {name: value for name, value in RESNET.items() if name != "model_type"}
-    config = {**MODELS["detr"], "backbone": transformers.ResNetConfig(**fields)}
+    own = transformers.ResNetConfig(**fields, out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = {**MODELS["detr"], "backbone": own}
     assert assemble(config, model="detr", size=128).weights_digest == built("detr").weights_digest
 
 
 def test_the_configuration_is_recorded_canonically():
     backbone = built("detr")
-    assert json.loads(backbone.config) == {"model": "detr", **MODELS["detr"]}
+    recorded = json.loads(backbone.config)
+    built_from = recorded.pop("configuration")
+    assert recorded == {"model": "detr", **MODELS["detr"]}
+    assert (built_from["d_model"], built_from["backbone_config"]["hidden_act"]) == (16, "relu")
     assert backbone.weights == "random (seed 0)"
     assert built("detr", seed=1).weights_digest != backbone.weights_digest == built("detr").weights_digest
 
@@ -386,3 +392,243 @@ def test_every_role_can_be_stored_under_its_own_name():
     roles = {outlet.name.replace("*", "2") for task in TASKS.values() for outlet in task.outlets}
     assert {role for role in roles if storable_name(role) != role} == set()
     assert {role.partition(".")[0] for role in roles} == {"neck", "head"}
+
+
+_STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+_WINDOWS = {"embed_dim": 12, "depths": [1, 2, 1, 2], "num_heads": [1, 2, 3, 4], "window_size": 4, "image_size": 128}
+HIERARCHICAL = {
+    "bit": {**_STAGES, "embedding_size": 8, "num_groups": 4},
+    "convnext": {"depths": [1, 1, 1, 1]},
+    "convnextv2": {"depths": [1, 1, 1, 1]},
+    "dinov3_convnext": _STAGES,
+    "focalnet": {"embed_dim": 8, "depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 64, 64]},
+    "hgnet_v2": {"hidden_sizes": [128, 512, 1024, 2048]},
+    "hiera": {"embed_dim": 12, "num_heads": [1, 2, 3, 4], "depths": [1, 1, 1, 1], "image_size": [128, 128]},
+    "maskformer-swin": _WINDOWS,
+    "pp_lcnet": {"scale": 0.25},
+    "pp_lcnet_v3": {"scale": 0.25},
+    "pvt_v2": {"hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 3, 4], "depths": [1, 1, 1, 1]},
+    "resnet": {**_STAGES, "embedding_size": 8, "layer_type": "basic"},
+    "rt_detr_resnet": {**_STAGES, "embedding_size": 8, "layer_type": "basic"},
+    "swin": _WINDOWS,
+    "swinv2": _WINDOWS,
+    "textnet": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["raw", "native"])
+@pytest.mark.parametrize("kind", HIERARCHICAL)
+def test_stages_of_an_inner_backbone_are_those_of_the_backbone_alone(kind, norm):
+    given, options = HIERARCHICAL[kind], {"hidden_size": 8, "auxiliary_channels": 8, "num_labels": 4}
+    backbone = assemble(
+        {"backbone": {"model_type": kind, **given}, "options": options}, model="upernet", size=128, stages="all",
+        norm=norm,
+    )  # fmt: skip
+    alone = bbx.load_backbone(
+        f"transformers:{kind}", weights="random", options=given, size=128, stages="all", norm=norm
+    )
+    alone.network.load_state_dict(backbone.network.backbone.state_dict(), strict=False)
+    with torch.inference_mode():
+        got, expected = backbone(PIXELS), alone(PIXELS)
+    # One window wide, Swin's class shifts it all the same: said in a note.
+    shifted = ["stage4"] if norm == "raw" and kind in ("swin", "maskformer-swin") else []
+    noted = [note for note in backbone.notes if "shifted all the same" in note]
+    assert [note.partition(":")[0] for note in noted] == shifted
+    numbers = (1, 2, 3, 4) if norm == "native" else range(int("stem" not in expected), 5)
+    for stage in [f"stage{number}" if number else "stem" for number in numbers]:
+        one, other = got[f"backbone.{stage}"], expected[stage]
+        assert one.shape == other.shape
+        assert torch.equal(one, other) == (stage not in shifted), stage
+
+
+def test_the_code_in_a_folder_is_never_run_nor_asked_about(tmp_path, monkeypatch):
+    folder, ran = tmp_path / "mine", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}})
+    )
+    (folder / "evil.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import ResNetConfig\nclass EvilConfig(ResNetConfig):\n    model_type = 'evil'\n"
+    )
+    answers = io.StringIO("y\ny\n")
+    monkeypatch.setattr("sys.stdin", answers)
+    for model in ({"model": "detr", "backbone": {"model": str(folder), "weights": "random"}}, {"model": str(folder)}):
+        with pytest.raises(BbxError) as caught:
+            assemble(model, size=128)
+        assert str(folder) in caught.value.message
+    assert not ran.exists()
+    assert answers.tell() == 0
+
+
+def test_weights_with_more_layers_than_the_backbone_are_refused(tmp_path):
+    for kind in (transformers.ResNetBackbone, transformers.ResNetForImageClassification):
+        kind(transformers.ResNetConfig(**{**RESNET, "depths": [2, 1, 1, 1]})).save_pretrained(tmp_path / "deep")
+        config = {**MODELS["detr"], "backbone": {**RESNET, "weights": str(tmp_path / "deep")}}
+        with pytest.raises(WeightsError, match="unexpected") as caught:
+            assemble(config, model="detr", size=128)
+        assert "encoder.stages.0.layers.1" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"encoder_layers": 0}, "unexpected"),
+        ({"encoder_layers": 2}, "missing"),
+        ({"d_model": 32}, "of another shape"),
+    ],
+)
+def test_a_saved_model_is_never_loaded_in_part(tmp_path, options, words):
+    built("detr").network.save_pretrained(tmp_path / "mine")
+    ref = ModelRef("transformers", str(tmp_path / "mine"))
+    with pytest.raises(WeightsError, match=words):
+        transformers_tasks.load(ref, Build(size=(128, 128), options=options))
+
+
+def test_what_a_folder_says_is_recorded_and_another_activation_is_another_run(tmp_path):
+    built("detr").network.save_pretrained(tmp_path / "mine")
+    ref, file = ModelRef("transformers", str(tmp_path / "mine")), tmp_path / "mine" / "config.json"
+    before = transformers_tasks.load(ref, Build(size=(128, 128)))
+    content = json.loads(file.read_text())
+    content["activation_function"] = "gelu"
+    file.write_text(json.dumps(content))
+    after = transformers_tasks.load(ref, Build(size=(128, 128)))
+    assert json.loads(before.config)["configuration"]["activation_function"] == "relu"
+    assert json.loads(after.config)["configuration"]["activation_function"] == "gelu"
+    assert before.weights_digest != after.weights_digest
+    inner = {**MODELS["detr"], "backbone": {"model": str(tmp_path / "resnet"), "weights": "random"}}
+    transformers.ResNetBackbone(transformers.ResNetConfig(**RESNET)).save_pretrained(tmp_path / "resnet")
+    assert json.loads(assemble(inner, model="detr", size=128).config)["configuration"]["backbone_config"]["depths"]
+
+
+def test_options_without_a_backbone_are_recorded():
+    ref = ModelRef("transformers", "dpt", "random")
+    plain, changed = (
+        transformers_tasks.load(ref, Build(size=(128, 128), options={**_DPT, **more}))
+        for more in ({}, {"hidden_act": "relu"})
+    )
+    assert json.loads(changed.config)["options"]["hidden_act"] == "relu"
+    assert plain.config != changed.config
+    assert plain.weights_digest != changed.weights_digest
+
+
+def test_a_panoptic_detr_is_read_where_its_detr_is(tmp_path):
+    inner = transformers.ResNetConfig(
+        **{**RESNET, "hidden_sizes": [8, 16, 24, 32]}, out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    sizes = {**_DETR, "d_model": 64, "encoder_attention_heads": 8, "decoder_attention_heads": 8}
+    torch.manual_seed(7)
+    own = transformers.DetrForSegmentation(transformers.DetrConfig(**sizes, backbone_config=inner)).eval()
+    own.save_pretrained(tmp_path / "panoptic")
+    ref = ModelRef("transformers", str(tmp_path / "panoptic"))
+    backbone = transformers_tasks.load(ref, Build(size=(128, 128))).select("all")
+    with torch.inference_mode():
+        got, expected = backbone(PIXELS), own(PIXELS)
+    assert torch.equal(got["head.class_labels_classifier"], expected.logits)
+    assert torch.equal(got["head.masks"], expected.pred_masks)
+    assert got["backbone.stage4"].shape == (2, 32, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "config", [{"model": "detr", "weights": "random"}, {"model": "detr", "backbone": {"model": "timm:resnet18"}}]
+)
+def test_a_timm_backbone_without_timm_says_what_to_install(config, monkeypatch):
+    for module in ("configs", "parts"):
+        monkeypatch.setattr(f"bbx.providers.transformers_{module}.is_installed", lambda _name: False)
+    with pytest.raises(MissingExtraError, match="timm") as caught:
+        assemble(config, size=128)
+    assert "pip install 'bbx[timm]'" in caught.value.hint
+
+
+def test_a_segmenting_dpt_gives_its_classes_as_channels(tmp_path):
+    config = transformers.DPTConfig(**_DPT, num_labels=5, architectures=["DPTForSemanticSegmentation"])
+    config.save_pretrained(tmp_path / "dpt")
+    ref = ModelRef("transformers", str(tmp_path / "dpt"), "random")
+    backbone = transformers_tasks.load(ref, Build(size=(128, 128), structure=True)).select("head.head")
+    assert backbone.stages[0].shape == (5, 128, 128)
+
+
+@pytest.mark.parametrize("name", ["to_dict", "_attn_implementation_internal", "from_pretrained"])
+def test_an_option_is_a_field_and_no_method(name, tmp_path):
+    with pytest.raises(UsageError, match=f"has no '{name}'"):
+        assemble({**MODELS["detr"], "options": {name: 3}}, model="detr", size=128)
+    built("detr").network.save_pretrained(tmp_path / "mine")
+    with pytest.raises(UsageError, match=f"has no '{name}'"):
+        transformers_tasks.load(ModelRef("transformers", str(tmp_path / "mine")), Build(options={name: 3}))
+
+
+def test_preprocessing_is_fetched_where_there_is_a_network_and_for_the_size_asked_for(tmp_path, monkeypatch):
+    built("detr").network.save_pretrained(tmp_path / "mine")
+    asked = []
+    monkeypatch.setattr(transformers_tasks, "is_offline", lambda: False)
+    monkeypatch.setattr(transformers_tasks, "preprocess_of", lambda source, **options: asked.append((source, options)))
+    ref = ModelRef("transformers", str(tmp_path / "mine"))
+    backbone = transformers_tasks.load(ref, Build(size=(128, 160)))
+    assert asked == [(str(tmp_path / "mine"), {"local": False, "size": (128, 160)})]
+    assert "squashed to 128x160" in " ".join(backbone.notes)
+
+
+def test_the_names_of_configured_backbones_are_those_known_elsewhere():
+    hidden = {}
+    for given in ({"model": "swin-tiny"}, {"model": "microsoft/resnet-50"}, {"model": "transformers:Swin_Tiny"}):
+        config = {"backbone": {**given, "weights": "random"}, "options": _MASKFORMER}
+        backbone = assemble(config, model="maskformer", size=128, stages="all", structure=True)
+        hidden[given["model"]] = [one.channels for one in backbone.stages if one.name.startswith("backbone.stage")]
+    with pytest.raises(WeightsError, match="microsoft/swin-tiny") as caught:
+        assemble({"backbone": {"model": "swin-tiny"}, "options": _MASKFORMER}, model="maskformer", size=128)
+    assert "hf download" in caught.value.hint
+    assert hidden["swin-tiny"] == hidden["transformers:Swin_Tiny"] == [96, 192, 384, 768]
+    assert hidden["microsoft/resnet-50"] == [256, 512, 1024, 2048]
+
+
+def test_a_timm_backbone_of_four_maps_is_read_and_one_of_another_layout_refused():
+    backbone = assemble(
+        {"backbone": {"model": "timm:convnext_atto", "weights": "random"}, "options": _DETR}, model="detr", size=128,
+        stages="all",
+    )  # fmt: skip
+    strides = {one.name: one.stride for one in backbone.stages if one.name.startswith("backbone.stage")}
+    assert strides == {"backbone.stage1": 4, "backbone.stage2": 8, "backbone.stage3": 16, "backbone.stage4": 32}
+    with pytest.raises(UsageError, match="channels last"):
+        assemble({"backbone": {"model": "timm:swin-tiny", "weights": "random"}}, model="upernet", size=128)
+
+
+def test_weights_of_timm_are_named_by_a_tag_or_a_path_below_the_home_folder(tmp_path, monkeypatch):
+    import timm
+
+    given = {"model": "timm:resnet18", "weights": "a1_in1k"}
+    made = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **rest: made(name.partition(".")[0], **rest)
+    )
+    config = {"backbone": given, "options": _DETR}
+    assert "timm resnet18.a1_in1k" in assemble(config, model="detr", size=128).weights
+    with pytest.raises(UsageError, match="no weights 'a9'") as caught:
+        assemble({"backbone": {**given, "weights": "a9"}, "options": _DETR}, model="detr", size=128)
+    assert "resnet18.a1_in1k" in caught.value.hint
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "r.pth")
+    config = {"backbone": {**given, "weights": "~/r.pth"}, "options": _DETR}
+    assert assemble(config, model="detr", size=128).weights == "backbone file r.pth, the rest random (seed 0)"
+
+
+def test_another_spelling_of_a_path_is_the_same_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(transformers.ResNetBackbone(transformers.ResNetConfig(**RESNET)).state_dict(), "r.pth")
+    texts = {
+        assemble({**MODELS["detr"], "backbone": {**RESNET, "weights": weights}}, model="detr", size=128).config
+        for weights in ("r.pth", "./r.pth", ".//r.pth")
+    }
+    assert len(texts) == 1
+
+
+def test_reports_of_the_library_do_not_reach_the_user(tmp_path, capfd):
+    transformers.SwinForImageClassification(transformers.SwinConfig(**SWIN)).save_pretrained(tmp_path / "swin")
+    capfd.readouterr()
+    config = {**MODELS["mask2former"], "backbone": {**SWIN, "weights": str(tmp_path / "swin")}}
+    assemble(config, model="mask2former", size=128)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_how_many_parameters_is_not_known_of_a_type():
+    assert {row["parameters"] for row in transformers_tasks.list_models()} == {None}

@@ -187,10 +187,15 @@ def load(ref: ModelRef, build: Build = BUILD, *, config: Mapping[str, Any] | Non
         preprocess,
         label or f"random (seed {build.seed})",
         "" if build.structure else digest(network, options=facts),
-        notes=notes,
+        untrained,
+        notes,
         forward=Reader(network, outlets),
-        config=json.dumps({"model": ref.name, "options": options}, sort_keys=True) if given or build.options else "",
+        config=_text(ref, options) if given or build.options else "",
     )
+
+
+def _text(ref: ModelRef, options: Mapping[str, Any]) -> str:
+    return json.dumps({"model": ref.name, "options": options}, sort_keys=True, default=str)
 
 
 def _stages(task: Task) -> tuple[Outlet, ...]:

@@ -139,7 +139,7 @@ def _made(name: str, model_type: str, options: Mapping[str, Any]) -> Any:
 
 
 def _check_option(config: Any, name: str, option: str) -> None:
-    if not hasattr(config, option):
+    if option.startswith("_") or not hasattr(config, option) or callable(getattr(config, option)):
         valid = [key for key in config.to_dict() if not key.startswith("_")]
         close = nearest(option, valid, 1)
         raise UsageError(f"{name} has no option {option!r}", f"did you mean {close[0]}?" if close else "")

@@ -21,7 +21,8 @@ class Task:
     `backbones` are the paths where the backbone may be, the first that is there counts. `needs` are the stages that the
     model takes from a backbone of four stages. `part` is the module whose forward needs pixels only, empty: the whole;
     paths begin there. `defaults`: without them the class's own default configuration cannot be built or run.
-    `tokens`: the model wants its backbone's maps as tokens.
+    `tokens`: the model wants its backbone's maps as tokens. `within`: what stands before every path where the class of
+    another task holds this one (panoptic DETR holds a DETR); `besides` are the roles which that class has alone.
     """
 
     task: str
@@ -33,6 +34,8 @@ class Task:
     part: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tokens: bool = False
+    within: tuple[str, ...] = ()
+    besides: tuple[Outlet, ...] = ()
 
 
 def _as_is(name: str, module: str, *pick: str | int) -> Outlet:
@@ -63,6 +66,7 @@ _DETR_HEAD = (
     _as_is("head.class_labels_classifier", "class_labels_classifier"),
     _as_is("head.bbox_predictor", "bbox_predictor"),
 )
+_MASKS = (Outlet("head.masks", "", ("pred_masks",)),)
 _HYBRID = (Outlet("neck.p*", "model.encoder", ("last_hidden_state",)), *_DETECTED)
 _DPT_NECK = (
     Outlet("neck.reassemble.p*", "neck.reassemble_stage", optional=True),
@@ -107,12 +111,21 @@ TASKS: dict[str, Task] = {
         _mask2former("decoder"),
         part="model.pixel_level_module",
     ),
-    "detr": Task("DetrForObjectDetection", "facebook/detr-resnet-50", ("model.backbone.model",), (*_DETR, *_DETR_HEAD)),
+    "detr": Task(
+        "DetrForObjectDetection",
+        "facebook/detr-resnet-50",
+        ("model.backbone.model",),
+        (*_DETR, *_DETR_HEAD),
+        within=("detr.",),
+        besides=_MASKS,
+    ),
     "conditional_detr": Task(
         "ConditionalDetrForObjectDetection",
         "microsoft/conditional-detr-resnet-50",
         ("model.backbone.model",),
         (*_DETR, *_DETR_HEAD),
+        within=("conditional_detr.",),
+        besides=_MASKS,
     ),
     "table-transformer": Task(
         "TableTransformerForObjectDetection",
@@ -173,6 +186,8 @@ TASKS: dict[str, Task] = {
         ("model.backbone.backbone",),
         (Outlet("neck.p*", "model.backbone.projector"), *_DETECTED),
         (560, 560),
+        within=("model.",),
+        besides=_MASKS,
     ),
     # Pyramid pooling makes the coarsest level, lateral sums the others; all levels meet in the bottleneck.
     "upernet": Task(

@@ -21,29 +21,19 @@ from torch import nn
 from bbx.backbone import Backbone
 from bbx.errors import UsageError, nearest
 from bbx.processor import IMAGENET_MEAN, IMAGENET_STD, preprocess_of
-from bbx.providers.transformers_families import FAMILIES, Family, module_list
-from bbx.providers.transformers_parts import (
-    FAULTS,
-    Inner,
-    absent,
-    configured,
-    from_pretrained,
-    kind_of,
-    line_of,
-    set_field,
-    type_of,
-)
+from bbx.providers.transformers_configs import FAULTS, configured, facts_of, kind_of, line_of, need_timm, set_field
+from bbx.providers.transformers_families import FAMILIES
+from bbx.providers.transformers_parts import Inner, from_pretrained, is_offline, place, type_of
 from bbx.providers.transformers_roles import TASKS, Task
+from bbx.providers.transformers_stages import backbone_path, roles, stages
+from bbx.providers.transformers_weights import cannot_load, quiet
+from bbx.recipe import tidied
 from bbx.roles import Outlet, Reader, settled, taps
 from bbx.spec import BUILD, Build, ModelRef, Preprocess
 from bbx.weights import check_file, digest, load_into, read_state_dict
 
 # Inputs to name a pyramid's levels at, where the network takes them: small, and 128 pixels apart.
 _SIZES = ((256, 256), (384, 384))
-# Backbone types whose stages are not plain outputs of modules: their roles are the maps that the backbone gives.
-_WHOLE = ("dinat", "hiera")
-# Backbone types that drop the prefix tokens even where they leave the patches in a row.
-_BARE = ("dinov3_vit", "sapiens2")
 
 
 def names() -> tuple[str, ...]:
@@ -53,7 +43,7 @@ def names() -> tuple[str, ...]:
 
 def list_models() -> list[dict[str, Any]]:
     """`name` and `weights` of each model type; how many parameters there are, its configuration says."""
-    return [{"name": name, "weights": [task.hub], "parameters": 0} for name, task in TASKS.items()]
+    return [{"name": name, "weights": [task.hub], "parameters": None} for name, task in TASKS.items()]
 
 
 def find(name: str) -> str | None:
@@ -72,6 +62,7 @@ def load(ref: ModelRef, build: Build = BUILD, *, config: Mapping[str, Any] | Non
     source, task = _source(ref)
     options = {**task.defaults, **build.options, **given.get("options", {})}
     own, inner = _configuration(source, task, options, given.get("backbone"))
+    need_timm(own)
     make = partial(_built, _class(task, own), own, build.seed)
     network, label = (make("meta"), "") if build.structure else _weighted(ref, source, own, make, inner=inner)
     network = network.get_submodule(task.part)
@@ -80,22 +71,51 @@ def load(ref: ModelRef, build: Build = BUILD, *, config: Mapping[str, Any] | Non
         network = make("cpu").get_submodule(task.part)
         named = _outlets(network, task, build)
     outlets = named if named is not None else _outlets(network, task, build, loud=True) or ()
-    notes: tuple[str, ...] = ()
+    label = label or f"random (seed {build.seed})"
+    preprocess, notes = _preprocess(ref, source, task, build)
+    path = backbone_path(network, task)
+    notes += _shift_note(network.get_submodule(path), preprocess.size, native=build.norm == "native")
     if inner and inner.weights != "random" and not build.structure:
-        path = _backbone_path(network, task)
-        said, notes = inner.load(network.get_submodule(path))
-        label = f"{label}, backbone {said}"
-    preprocess, said_notes = _preprocess(ref, source, task)
+        said, more = inner.load(network.get_submodule(path))
+        label, notes = f"backbone {said}, the rest {label}", (*notes, *more)
+    facts = facts_of(own)
     return Backbone(
         ref,
         network,
         taps(outlets),
-        preprocess.override(size=build.size),
-        label or f"random (seed {build.seed})",
-        "" if build.structure else digest(network),
-        notes=(*said_notes, *notes),
+        preprocess,
+        label,
+        "" if build.structure else digest(network, options=json.dumps(facts, sort_keys=True)),
+        notes=notes,
         forward=Reader(network, outlets),
-        config=json.dumps({"model": ref.name, **given}, sort_keys=True) if given else "",
+        config=_text(ref, given, build, facts) if source or given or build.options else "",
+    )
+
+
+def _text(ref: ModelRef, given: Mapping[str, Any], build: Build, facts: Mapping[str, Any]) -> str:
+    """What was asked for, canonically, and what the network was built from."""
+    backbone = {
+        key: tidied(str(value)) if key in ("model", "weights") else value
+        for key, value in dict(given.get("backbone", {})).items()
+    }
+    options = {**build.options, **given.get("options", {})}
+    asked = {key: part for key, part in (("backbone", backbone), ("options", options)) if part}
+    return json.dumps({"model": tidied(ref.name), **asked, "configuration": facts}, sort_keys=True, default=str)
+
+
+def _shift_note(module: nn.Module, size: tuple[int, int], *, native: bool) -> tuple[str, ...]:
+    """Where Swin's own class shifts the windows of a stage that is one window wide, as the model alone does not."""
+    family, config = FAMILIES.get(kind_of(module)), getattr(module, "config", None)
+    if native or not (family and family.shifts and config):
+        return ()
+    strides = [config.patch_size * 2**number for number in range(len(config.depths))]
+    narrow = [number for number, stride in enumerate(strides, 1) if min(size) // stride <= config.window_size]
+    if not narrow:
+        return ()
+    stages = ", ".join(f"stage{number}" for number in narrow)
+    return (
+        f"{stages}: one window wide here, and shifted all the same, as the assembled model computes it; "
+        "the backbone alone, raw, does not shift it, so that its map is another",
     )
 
 
@@ -125,9 +145,10 @@ def _configuration(source: str, task: Task, options: Mapping[str, Any], backbone
         return configured(kind, options), None
     if not backbone:
         try:
-            config = kind.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise absent(source, error) from None
+            with quiet():
+                config = kind.from_pretrained(place(source), local_files_only=is_offline())
+        except Exception as error:  # OSError, ValueError, KeyError, JSON's: whatever a damaged file brings about
+            raise cannot_load(place(source), error) from None
         for name, value in options.items():
             if name not in task.defaults:
                 set_field(config, name, value)
@@ -138,7 +159,7 @@ def _configuration(source: str, task: Task, options: Mapping[str, Any], backbone
 
 def _built(kind: Any, config: Any, seed: int, device: str) -> nn.Module:
     try:
-        with torch.random.fork_rng(devices=()), torch.device(device):
+        with torch.random.fork_rng(devices=()), torch.device(device), quiet():
             torch.manual_seed(seed)
             network: nn.Module = kind(config)
     except FAULTS as error:
@@ -171,10 +192,10 @@ def _outlets(network: nn.Module, task: Task, build: Build, *, loud: bool = False
 
     None where no forward succeeds, unless `loud`: then its error.
     """
-    stages = _stages(network, _backbone_path(network, task), native=build.norm == "native")
+    found = stages(network, backbone_path(network, task), native=build.norm == "native")
     for sizes in (_SIZES, (build.size or task.size,)):
         try:
-            named = settled(network, (*stages, *task.outlets), sizes)
+            named = settled(network, (*found, *roles(network, task)), sizes)
             with torch.inference_mode():
                 # A forward on the meta device must also go to its end.
                 if next(network.parameters()).is_meta:
@@ -189,87 +210,15 @@ def _outlets(network: nn.Module, task: Task, build: Build, *, loud: bool = False
     return None
 
 
-def _backbone_path(network: nn.Module, task: Task) -> str:
-    there = {name for name, _ in network.named_modules()}
-    path = next(path for path in task.backbones if path in there)
-    return f"{path}._backbone" if f"{path}._backbone" in there else path  # transformers' wrapper of a timm network
-
-
-def _stages(network: nn.Module, path: str, *, native: bool) -> tuple[Outlet, ...]:
-    """The backbone's stages, from its own modules: what the model uses of them is another matter."""
-    module: Any = network.get_submodule(path)
-    kind = kind_of(module)
-    if hasattr(module, "feature_info"):
-        return _timm_stages(path, module)
-    if kind.startswith("sam2_hiera"):
-        ends = [sum(module.config.blocks_per_stage[: n + 1]) - 1 for n in range(len(module.config.blocks_per_stage))]
-        modules = ("patch_embed", *(f"blocks.{end}" for end in ends))
-        return tuple(Outlet(_name(n), f"{path}.{one}", form="nhwc") for n, one in enumerate(modules))
-    family = FAMILIES.get(kind)
-    if kind == "dpt":  # its own plain ViT
-        family = Family("encoder.layer", "embeddings", prefix=lambda _config: 1)
-    if family is None or kind in _WHOLE or (native and kind != "dpt"):
-        return _own_maps(path, module, family)
-    return _family_stages(path, module, family)
-
-
-def _own_maps(path: str, module: Any, family: Family | None) -> tuple[Outlet, ...]:
-    """What the backbone class itself gives, for the stages that the model asked it for."""
-    form: dict[str, Any] = {}
-    if family and family.prefix and (family.flat or not getattr(module.config, "reshape_hidden_states", True)):
-        form = {"form": "tokens", "prefix": 0 if kind_of(module) in _BARE else family.prefix(module.config)}
-    names = enumerate(module.out_features)
-    return tuple(Outlet(f"backbone.{name}", path, ("feature_maps", place), **form) for place, name in names)
-
-
-def _name(number: int) -> str:
-    return f"backbone.stage{number}" if number else "backbone.stem"
-
-
-def _family_stages(path: str, module: Any, family: Family) -> tuple[Outlet, ...]:
-    _, _, stages = module_list(module, family)
-    kind, config = kind_of(module), module.config
-    form: dict[str, Any] = {}
-    if family.merges or family.prefix or kind == "focalnet":
-        form = {"form": "tokens", "prefix": family.prefix(config) if family.prefix else 0}
-    elif kind in ("lw_detr_vit", "rf_detr_dinov2"):
-        side = config.num_windows_side if kind == "lw_detr_vit" else config.num_windows
-        form = {"form": "windows", "side": side, "prefix": int(kind == "rf_detr_dinov2")}
-    found = []
-    for number in range(0 if family.stem else 1, len(stages) + 1):
-        place = f"{family.stages}.{number - 1}" if number else family.stem
-        if number and family.merges:  # the stage's own output is already merged for the next one
-            blocks: Any = module.get_submodule(f"{place}.blocks")
-            place = f"{place}.blocks.{len(blocks) - 1}"
-        pick = (1,) if number and kind == "focalnet" else ()
-        plain = number == 0 and kind == "lw_detr_vit"  # cut into windows only after the embedding
-        found.append(Outlet(_name(number), f"{path}.{place}", pick, **({} if plain else form)))
-    return tuple(found)
-
-
-def _timm_stages(path: str, module: Any) -> tuple[Outlet, ...]:
-    """timm's feature network: children named after its feature modules, its own layout."""
-    infos = module.feature_info.info
-    children = dict(module.named_children())
-    form: Any = str(getattr(getattr(module, "output_fmt", None), "value", "nchw")).lower()
-    stem = re.fullmatch(r"act1|bn1|conv\w*|stem\w*|features\.norm0", infos[0]["module"])
-    found = []
-    for place, info in enumerate(infos):
-        number = place if stem else place + 1
-        child = info["module"].replace(".", "_")
-        child = "maxpool" if number == 0 and "maxpool" in children else child
-        if child in children:
-            found.append(Outlet(_name(number), f"{path}.{child}", form=form))
-        elif place in module.feature_info.out_indices:
-            given = list(module.feature_info.out_indices).index(place)
-            found.append(Outlet(_name(number), path, (given,), form=form))
-    return tuple(found)
-
-
-def _preprocess(ref: ModelRef, source: str, task: Task) -> tuple[Preprocess, tuple[str, ...]]:
+def _preprocess(ref: ModelRef, source: str, task: Task, build: Build) -> tuple[Preprocess, tuple[str, ...]]:
     """The image processor's numbers where there is one, else a stated default."""
-    if source and ref.weights != "random" and (found := preprocess_of(source)):
+    if source and (found := preprocess_of(place(source), local=_local(ref), size=build.size)):
         return found
-    note = f"{ref.name} states no preprocessing here: squashed to {task.size[0]}x{task.size[1]}, ImageNet mean and std"
+    size = build.size or task.size
+    note = f"{ref.name} states no preprocessing here: squashed to {size[0]}x{size[1]}, ImageNet mean and std"
     preprocess = Preprocess(task.size, min(task.size), "bilinear", IMAGENET_MEAN, IMAGENET_STD, "squash")
-    return preprocess, (note,)
+    return preprocess.override(size=build.size), (note,)
+
+
+def _local(ref: ModelRef) -> bool:
+    return is_offline() or ref.weights == "random"
