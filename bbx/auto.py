@@ -202,7 +202,10 @@ class AutoBackbone(nn.Module):
         options = json.loads(backbone.config) if backbone.config else {}
         for key in ("model_type", "architecture"):
             if key in options:  # the folder or hub id that it came from may not be there when it is loaded
-                content = replace(content, model=f"{backbone.ref.provider}:{options.pop(key)}")
+                # Its input is not the type's own, save where the options say which size the network is built for.
+                size = content.build.size if "img_size" in options else backbone.preprocess.size
+                build = replace(content.build, size=size)
+                content = replace(content, model=f"{backbone.ref.provider}:{options.pop(key)}", build=build)
         saved.write_config(target, replace(content, build=replace(content.build, options=options)))
         saved.write_weights(target, backbone)
 

@@ -245,8 +245,10 @@ def _numbered(available: Sequence[str]) -> str:
 class Preprocess:
     """How an image becomes the network's input. Stated by the provider, for it belongs to the weights.
 
-    `size` is the input's (height, width) in pixels. Mode `crop`: scale the short side to `resize` pixels, cut the
-    centre; `squash`: scale to `size`, ignoring the aspect; `pad`: scale to fit inside `size`, fill with `mean`.
+    `size` is the input's (height, width) in pixels; its short side stands for `resize` pixels of the scaled picture, so
+    that the box of the scaling is `size` enlarged by `resize / min(size)`. Mode `crop`: scale to cover the box;
+    `squash`: scale to the box, ignoring the aspect; `pad`: scale to fit inside it. Then the centre is cut, and what the
+    picture does not reach is filled, with `mean` in mode `pad`.
     `interpolation` is Pillow's filter name; `mean` and `std` are per RGB channel, on a 0..1 scale.
     `exif`: whether the orientation tag is applied first, so that the network sees the picture as a person does.
     `processor`: where it is not empty, the JSON text of the transformers image processor that does all but the
@@ -267,6 +269,7 @@ class Preprocess:
     ) -> Preprocess:
         """A copy with the user's wishes; a new `size` keeps the weights' own ratio of resize to crop.
 
+        A `mode` of `squash` or `pad` that is asked for shows the whole picture, whatever the weights' own cuts off.
         Another size or mode is no longer what an image processor of transformers does: bbx's own resize takes over.
         """
         changed = self
@@ -277,7 +280,16 @@ class Preprocess:
                 raise UsageError(f"size {size[0]}x{size[1]} is out of range", "give pixels, such as --size 224")
             ratio = self.resize / min(self.size)
             changed = replace(changed, size=size, resize=round(min(size) * ratio))
+        if mode in ("squash", "pad"):
+            changed = replace(changed, resize=min(changed.size))
         return replace(changed, mode=mode or self.mode, exif=exif or self.exif)
+
+    @property
+    def box(self) -> tuple[int, int]:
+        """(height, width) to which, or to cover or fit inside which, a picture is scaled before its centre is cut."""
+        short = min(self.size)
+        # The product comes first so that the short side is exact.
+        return round(self.size[0] * self.resize / short), round(self.size[1] * self.resize / short)
 
     @property
     def processor_name(self) -> str:
@@ -287,12 +299,13 @@ class Preprocess:
 
     def describe(self) -> str:
         """One line, as the plan and `bbx stages` print it."""
-        height, width = self.size
+        height, width = self.box
+        cut = f", centre crop {self.size[0]}x{self.size[1]}"
         how = {
-            "crop": f"resize {self.resize} ({self.interpolation}), centre crop {height}x{width}",
+            "crop": f"resize {self.resize} ({self.interpolation})",
             "squash": f"resize to {height}x{width} ({self.interpolation}), aspect ignored",
             "pad": f"resize into {height}x{width} ({self.interpolation}), padded with the mean",
-        }[self.mode]
+        }[self.mode] + (cut if self.mode == "crop" or self.box != self.size else "")
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         by = f"{self.processor_name}: " if self.processor_name else ""
         return f"{by}{how}, mean ({mean}), std ({std}), EXIF orientation {self.exif}"

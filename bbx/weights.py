@@ -5,6 +5,7 @@ Never through pickle: `.safetensors`, or torch's `weights_only=True` for `.pth`.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import pickle
@@ -12,15 +13,17 @@ import re
 import socket
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bbx.errors import WeightsError
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "module")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "module")
+"""Under what training checkpoints keep the state dict; the first that is there counts."""
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
@@ -55,6 +58,18 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises `WeightsError` when the file is missing, damaged, or holds anything but tensors and plain containers.
     """
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The same, with those of `wrappers` that hold a state dict in the file: it is the first one's."""
+    content = _read(path)
+    held = tuple(name for name in wrappers if isinstance(content, Mapping) and isinstance(content.get(name), Mapping))
+    return _tensors(content[held[0]] if held else content, path), held
+
+
+def _read(path: Path) -> Any:
+    """Whatever the file holds, in plain containers."""
     check_file(path)
     try:
         if path.suffix.lower() == ".safetensors":
@@ -63,7 +78,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the file's age and kind: what matters becomes an error below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # timm's training script keeps its arguments beside the weights; reading a Namespace runs no code. Allowed
+            # each time, for timm's own reading takes it off the list again.
+            torch.serialization.add_safe_globals([argparse.Namespace])
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(
             f"{path} holds Python objects besides tensors, or is damaged; bbx does not run code from weights files",
@@ -74,10 +92,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"cannot read the weights in {path}: {reason}", "is the file whole? fetch it again"
         ) from None
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
+
+
+def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     state = {str(name): value for name, value in content.items()} if isinstance(content, Mapping) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:

@@ -14,8 +14,9 @@ from bbx.taps import capture, channels_first
 def measure_timm(name: str) -> dict[str, Any]:
     """`name`, `family` (timm's file), `parameters`, `size`, `weights`, `stages` (name, channels, stride), `faults`.
 
-    One forward at the model's own size, without weights. `stride` is the input's height over the map's, rounded;
-    `faults` are the ways in which what came out is not what is declared, by bbx or by timm's own metadata.
+    One forward at the model's own size, without weights. `stride` is the input's height over the map's, or where that
+    is not what timm declares, as `Backbone.stages` has it, measured at two sizes. `faults` are the ways in which what
+    came out is not what is declared, by bbx or by timm's own metadata.
     """
     import timm
 
@@ -25,16 +26,15 @@ def measure_timm(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     backbone = load(ModelRef("timm", name, "random"), Build(structure=True))
     maps = maps_of(backbone)
-    height = backbone.preprocess.size[0]
-    stages = [(tap, tuple(found.shape[1:]), height / found.shape[2]) for tap, found in maps.items()]
+    strides = _strides(backbone, maps)
     return {
         "name": name,
         "family": timm.models.model_entrypoint(name).__module__.rpartition(".")[2],
         "parameters": sum(parameter.numel() for parameter in backbone.network.parameters()),
         "size": backbone.preprocess.size,
         "weights": list(tags(name)),
-        "stages": [(tap, shape[0], round(stride)) for tap, shape, stride in stages],
-        "faults": _faults(backbone, maps),
+        "stages": [(tap, found.shape[1], round(strides[tap])) for tap, found in maps.items()],
+        "faults": _faults(backbone, maps, strides),
     }
 
 
@@ -48,14 +48,30 @@ def maps_of(backbone: Backbone) -> dict[str, torch.Tensor]:
     return {tap.name: channels_first(raw[tap.name], tap, pixels) for tap in backbone.taps}
 
 
-def _faults(backbone: Backbone, maps: dict[str, torch.Tensor]) -> list[str]:
+def _declared(backbone: Backbone, maps: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """timm's `feature_info` of each stage but the stem."""
+    network: Any = backbone.network
+    stages = [name for name in maps if name != "stem"]
+    infos = list(getattr(network.feature_info, "info", network.feature_info))[-len(stages) :]
+    return dict(zip(stages, infos, strict=False))
+
+
+def _strides(backbone: Backbone, maps: dict[str, torch.Tensor]) -> dict[str, float]:
+    height = backbone.preprocess.size[0]
+    strides = {name: height / found.shape[2] for name, found in maps.items()}
+    if all(strides[name] == info["reduction"] for name, info in _declared(backbone, maps).items()):
+        return strides
+    return {stage.name: stage.stride for stage in backbone.select("all").stages}
+
+
+def _faults(backbone: Backbone, maps: dict[str, torch.Tensor], strides: dict[str, float]) -> list[str]:
     faults = []
     names = [f"stage{number}" for number in range(1, len(maps) + 1)]
     if list(maps) not in (names[:-1] and ["stem", *names[:-1]], names):
         faults.append(f"names {list(maps)}")
+    declared = _declared(backbone, maps)
     network: Any = backbone.network
-    infos = list(getattr(network.feature_info, "info", network.feature_info))[-len([m for m in maps if m != "stem"]) :]
-    declared = dict(zip([name for name in maps if name != "stem"], infos, strict=False))
+    fixed = network.pretrained_cfg.get("fixed_input_size")
     before = (1 << 20, 1 << 20)
     for name, found in maps.items():
         if found.ndim != 4:
@@ -68,6 +84,9 @@ def _faults(backbone: Backbone, maps: dict[str, torch.Tensor]) -> list[str]:
         info = declared.get(name)
         if info and info["num_chs"] != found.shape[1]:
             faults.append(f"{name} has {found.shape[1]} channels, timm declares {info['num_chs']}")
-        if info and abs(backbone.preprocess.size[0] / height / info["reduction"] - 1) > 0.2:
-            faults.append(f"{name} is {height} high, timm declares stride {info['reduction']}")
+        # A network of one size shows its stride to a row at the border alone.
+        rows = backbone.preprocess.size[0] / info["reduction"] if info else height
+        rounded = fixed and abs(rows - height) <= 1
+        if info and strides[name] != info["reduction"] and not rounded:
+            faults.append(f"{name} has stride {strides[name]:g}, timm declares {info['reduction']}")
     return faults

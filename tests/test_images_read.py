@@ -24,12 +24,18 @@ from torchvision.transforms._presets import ImageClassification
 
 from bbx.errors import ImageError, UsageError
 from bbx.images import prepare, read_image
-from bbx.spec import Preprocess
+from bbx.spec import Preprocess, ResizeMode
 
 SAMPLES = sorted(path for path in (Path(__file__).parent.parent / "sample_images").iterdir() if path.suffix != ".md")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PREPROCESS = Preprocess((32, 32), 36, "bilinear", MEAN, STD)
-SMALL = replace(PREPROCESS, size=(6, 8), mode="squash")
+
+
+def uncut(size: tuple[int, int], mode: ResizeMode = "squash") -> Preprocess:
+    return PREPROCESS.override(size=size, mode=mode)
+
+
+SMALL = uncut((6, 8))
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -48,7 +54,7 @@ def pixels(path: Path, preprocess: Preprocess | None = None) -> np.ndarray:
     if preprocess is None:
         with Image.open(path) as image:
             size = image.size
-        preprocess = replace(PREPROCESS, size=size[::-1], mode="squash")
+        preprocess = uncut(size[::-1])
     return read_image(path, preprocess)
 
 
@@ -177,13 +183,39 @@ def test_a_crop_that_is_no_square_covers_the_enlarged_box_and_takes_its_centre(s
 
 @pytest.mark.parametrize("shape", [(60, 40), (1, 1), (1, 3000), (3000, 1), (48, 24)])
 def test_squash_scales_straight_to_the_size(shape):
-    array = prepare(noise(*shape), replace(PREPROCESS, size=(24, 48), mode="squash"))
+    array = prepare(noise(*shape), uncut((24, 48)))
     assert np.array_equal(array, np.asarray(noise(*shape).resize((48, 24), Image.Resampling.BILINEAR)))
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (1, 1), (48, 24)])
+def test_squash_at_more_than_the_size_cuts_the_centre(shape):
+    array = prepare(noise(*shape), replace(PREPROCESS, size=(24, 48), resize=30, mode="squash"))
+    scaled = noise(*shape).resize((60, 30), Image.Resampling.BILINEAR)
+    assert np.array_equal(array, np.asarray(scaled.crop((6, 3, 54, 27))))
+
+
+def test_a_whole_picture_that_is_asked_for_is_whole_and_what_the_weights_cut_is_said():
+    own = replace(PREPROCESS, size=(192, 192), resize=213, mode="squash")
+    assert "resize to 213x213 (bilinear), aspect ignored, centre crop 192x192" in own.describe()
+    assert own.override(size=(96, 96)).box == (106, 106)
+    for mode, words in (("squash", "resize to 192x192 (bilinear), aspect"), ("pad", "resize into 192x192 (bilinear)")):
+        asked = own.override(mode=mode)
+        assert (asked.box, asked.size) == ((192, 192), (192, 192))
+        assert words in asked.describe()
+        assert "crop" not in asked.describe()
+
+
+def test_pad_at_more_than_the_size_cuts_what_is_outside_and_fills_what_is_not_reached():
+    array = prepare(noise(40, 100), replace(PREPROCESS, size=(32, 32), resize=40, mode="pad"))
+    scaled = noise(40, 100).resize((16, 40), Image.Resampling.BILINEAR)
+    expected = Image.new("RGB", (32, 32), (124, 116, 104))
+    expected.paste(scaled.crop((0, 4, 16, 36)), (8, 0))
+    assert np.array_equal(array, np.asarray(expected))
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (48, 24), (10, 10), (47, 23), (300, 7)])
 def test_pad_shows_the_whole_picture_amid_the_mean(shape):
-    array = prepare(noise(*shape), replace(PREPROCESS, size=(24, 48), mode="pad"))
+    array = prepare(noise(*shape), uncut((24, 48), "pad"))
     assert array.shape == (24, 48, 3)
     inner = ImageOps.contain(noise(*shape), (48, 24), Image.Resampling.BILINEAR)
     left, top = (48 - inner.width) // 2, (24 - inner.height) // 2
@@ -196,7 +228,7 @@ def test_pad_shows_the_whole_picture_amid_the_mean(shape):
 def test_a_line_fits_squash_and_pad_but_is_too_narrow_to_crop_at_the_usual_size(shape):
     usual = Preprocess((224, 224), 256, "bilinear", MEAN, STD)
     for mode in ("squash", "pad"):
-        assert prepare(noise(*shape), replace(usual, mode=mode)).shape == (224, 224, 3)
+        assert prepare(noise(*shape), usual.override(mode=mode)).shape == (224, 224, 3)
     with pytest.raises(ImageError, match="too long and narrow"):
         prepare(noise(*shape), usual)
     assert prepare(noise(*shape), replace(usual, size=(28, 28), resize=32)).shape == (28, 28, 3)
@@ -230,8 +262,7 @@ def test_every_orientation_gives_the_upright_picture(tmp_path, orientation, suff
     stored = picture() if STORED[orientation] is None else picture().transpose(STORED[orientation])
     options = {".webp": {"lossless": True}, ".jpg": {"quality": 100, "subsampling": 0}}.get(suffix, {})
     path = tagged(tmp_path / f"x{suffix}", stored, orientation, **options)
-    whole = replace(PREPROCESS, size=(40, 60), mode="squash")
-    array = read_image(path, whole)
+    array = read_image(path, uncut((40, 60)))
     with Image.open(path) as image:
         assert np.array_equal(array, np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
     assert np.abs(array.astype(int) - np.asarray(picture())).max() <= (6 if suffix == ".jpg" else 0)
@@ -240,7 +271,7 @@ def test_every_orientation_gives_the_upright_picture(tmp_path, orientation, suff
 
 def test_orientation_may_be_ignored(tmp_path):
     path = tagged(tmp_path / "x.png", picture(), 6)
-    ignoring = replace(PREPROCESS, size=(40, 60), mode="squash", exif="ignore")
+    ignoring = replace(uncut((40, 60)), exif="ignore")
     assert np.array_equal(read_image(path, ignoring), np.asarray(picture()))
 
 
@@ -281,7 +312,7 @@ def test_a_palette_with_transparency_gives_its_colours_without_a_warning(tmp_pat
         warnings.simplefilter("error")
         array = pixels(path)
         with Image.open(path) as opened:
-            assert np.array_equal(prepare(opened, replace(PREPROCESS, size=(40, 60), mode="squash")), array)
+            assert np.array_equal(prepare(opened, uncut((40, 60))), array)
             assert "transparency" in opened.info, "prepare changes nothing of its input"
     assert np.array_equal(array, np.asarray(image.convert("RGB")))
 

@@ -220,6 +220,9 @@ def test_every_architecture_is_named_and_its_default_weights_come_first():
         ("coatnet_0_224", "auto", WeightsError, "publishes no weights", "--weights random"),
         ("local-dir:/nowhere", "random", WeightsError, "/nowhere", "config.json"),
         ("hf-hub:timm/resnet18.a1_in1k", "auto", WeightsError, "resnet18", "hf download timm/resnet18.a1_in1k"),
+        ("hf-hub:timm/resnet18.a1_in1k", "auto", WeightsError, "resnet18", "--weights random"),
+        ("hf-hub:somebody/net", "random", WeightsError, "somebody/net", "hf download somebody/net config.json"),
+        ("hf-hub:timm/resnet18.mine", "random", WeightsError, "resnet18.mine", "then here: local-dir:resnet18.mine"),
         ("resnet18.a1_in1k", "auto", WeightsError, "resnet18.a1_in1k",
          "hf download timm/resnet18.a1_in1k model.safetensors --local-dir resnet18.a1_in1k"),
     ],
@@ -231,6 +234,19 @@ def test_what_cannot_be_had_says_what_works(name, weights, kind, message, hint, 
     assert caught.type is kind
     assert message in caught.value.message
     assert hint in caught.value.hint
+    if weights == "random":
+        assert "--weights random" not in caught.value.hint, "that was typed already"
+
+
+def test_how_to_build_what_timm_publishes_needs_no_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub, own = (model(name, size=(64, 64)) for name in ("hf-hub:timm/test_resnet.r160_in1k", "test_resnet.r160_in1k"))
+    assert (str(hub.ref), hub.weights_digest) == ("timm:hf-hub:timm/test_resnet.r160_in1k", own.weights_digest)
+    assert (hub.preprocess, hub.stages) == (own.preprocess, own.stages)
+    structure = model("hf-hub:timm/test_resnet.r160_in1k", "auto", structure=True)
+    assert structure.preprocess == model("test_resnet.r160_in1k", structure=True).preprocess
+    torch.save(own.network.state_dict(), tmp_path / "w.pth")
+    assert model("hf-hub:timm/test_resnet.r160_in1k", tmp_path / "w.pth").weights_digest == own.weights_digest
 
 
 @pytest.mark.parametrize(
@@ -269,8 +285,14 @@ def test_a_size_that_a_network_cannot_take_names_the_nearest_that_it_can(name, s
     assert near in caught.value.hint
 
 
-# Each way in which timm prepares a picture: centre, squash at full size, border; a size that is not square.
-@pytest.mark.parametrize("name", ["resnet50", "vgg11", "vit_base_patch16_sapiens2", "deepseek_vit_412m"])
+# Each way in which timm prepares a picture: centre, squash at full size (not square) and at less, border.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50", "vgg11", "vit_base_patch16_sapiens2", "deepseek_vit_412m", "dm_nfnet_f0", "tf_efficientnetv2_b3",
+        "vit_medium_patch16_gap_384",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("picture", ["chelsea.png", "grace_hopper.jpg"])
 def test_preprocessing_is_timms_own_bit_for_bit(name, picture):
     backbone = load(ModelRef("timm", name, "random"), Build(structure=True))

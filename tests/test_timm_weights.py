@@ -1,6 +1,9 @@
 """timm's weights: from the Hugging Face cache, from folders and files, and never by running their code."""
 
+import json
 import pickle
+import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from bbx.auto import AutoBackbone
 from bbx.backbone import Backbone
 from bbx.errors import UsageError, WeightsError
 from bbx.providers.timm import find, load
@@ -74,6 +78,22 @@ def test_a_file_of_ones_own(trained, tmp_path, file):
     assert (backbone.weights, backbone.untrained, backbone.weights_digest) == (f"file {file}", (), digest(trained))
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("average", ["state_dict_ema", "model_ema"])
+def test_of_a_training_checkpoint_the_averaged_weights_are_taken_as_timm_takes_them(trained, tmp_path, average, prefix):
+    state = {f"{prefix}{name}": value for name, value in trained.state_dict().items()}
+    zeros = {name: torch.zeros_like(value) for name, value in state.items()}
+    # As timm's train.py writes it, its arguments included.
+    torch.save({"arch": "x", "state_dict": zeros, "args": Namespace(lr=0.1), average: state}, tmp_path / "last.pth.tar")
+    own = timm.create_model("test_resnet", checkpoint_path=str(tmp_path / "last.pth.tar"))
+    backbone = model("test_resnet", tmp_path / "last.pth.tar")
+    assert backbone.weights_digest == digest(own) == digest(trained)
+    assert backbone.notes == (f"file last.pth.tar holds {average} and state_dict: {average} is taken, as timm does",)
+    torch.save({average: None, "state_dict": state}, tmp_path / "one.pth")
+    alone = model("test_resnet", tmp_path / "one.pth")
+    assert (alone.weights_digest, alone.notes) == (digest(trained), ())
+
+
 def test_a_file_with_another_classifier_still_fits(tmp_path):
     other = timm.create_model("test_resnet", num_classes=7)
     torch.save(other.state_dict(), tmp_path / "seven.pth")
@@ -123,3 +143,47 @@ def test_a_wrong_file_is_refused_in_words(wrong, monkeypatch, tmp_path):
     with pytest.raises(WeightsError, match=r"w\.pth"):
         model("test_resnet", "w.pth")
     assert not Path("trapped").exists()
+
+
+# Keywords of `timm.create_model`, and of `save_for_hf`: what the folder alone says.
+@pytest.mark.parametrize(
+    ("name", "made", "prepared"),
+    [
+        ("test_resnet", {"num_classes": 7, "act_layer": "silu"}, {"crop_pct": 0.8, "mean": (0.5, 0.4, 0.3)}),
+        ("test_resnet", {"num_classes": 0}, {"input_size": (3, 96, 96), "crop_mode": "squash"}),
+        ("test_vit", {"num_classes": 5, "img_size": 192, "depth": 2}, {}),
+        ("vit_tiny_patch16_224", {"num_classes": 5, "img_size": 160, "depth": 2}, {}),
+    ],
+)
+def test_a_model_of_a_folder_is_saved_without_need_of_that_folder(name, made, prepared, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(77)
+    own = timm.create_model(name, **made)
+    timm.models.save_for_hf(own, "own", safe_serialization=True, data_config=prepared)
+    first = AutoBackbone.from_pretrained("own")
+    first.save_pretrained("saved")
+    pixels = torch.randn(1, 3, *first.preprocess.size, generator=torch.Generator().manual_seed(1))
+    shutil.rmtree("own")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    second = AutoBackbone.from_pretrained("../saved")
+    assert second.config.model == f"timm:{name}"
+    assert digest(second.network) == digest(own)
+    assert second.preprocess == first.preprocess
+    with torch.inference_mode():
+        expected, got = first(pixels).feature_maps, second(pixels).feature_maps
+    assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
+
+
+def test_folders_that_differ_in_an_argument_alone_are_built_from_different_things(tmp_path):
+    for layer in ("relu", "silu"):
+        timm.models.save_for_hf(timm.create_model("test_resnet", act_layer=layer), tmp_path / layer)
+    one, other = (model(f"local-dir:{tmp_path / layer}", structure=True).config for layer in ("relu", "silu"))
+    assert json.loads(one) | {"act_layer": "silu"} == json.loads(other) != json.loads(one)
+
+
+def test_an_image_size_given_as_timm_does_is_the_input_size_where_the_network_is_built_for_one():
+    backbone = model("vit_tiny_patch16_224", "random", structure=True, options={"img_size": 160, "depth": 1})
+    assert backbone.preprocess.size == (160, 160)
+    with pytest.raises(UsageError, match="img_size"):
+        model("test_resnet", "random", structure=True, options={"img_size": 160})

@@ -94,20 +94,13 @@ def prepare(image: Image.Image, preprocess: Preprocess) -> NDArray[Any]:
         from bbx.processor import geometry
 
         return geometry(rgb, preprocess)
-    height, width = preprocess.size
     if preprocess.mode == "squash":
-        scaled, fill = (height, width), (0, 0, 0)
+        scaled, fill = preprocess.box, (0, 0, 0)
     elif preprocess.mode == "pad":
         red, green, blue = (round(value * 255) for value in preprocess.mean)
-        scaled, fill = _inside(rgb, preprocess.size), (red, green, blue)
+        scaled, fill = _inside(rgb, preprocess.box), (red, green, blue)
     else:
-        # The box that is covered is the crop's, enlarged until its short side is `resize`: for a square crop,
-        # torchvision's rule. The product comes first so that the short side is exact.
-        box = (
-            round(height * preprocess.resize / min(height, width)),
-            round(width * preprocess.resize / min(height, width)),
-        )
-        scaled, fill = _covering(rgb, box), (0, 0, 0)
+        scaled, fill = _covering(rgb, preprocess.box), (0, 0, 0)  # for a square crop, torchvision's rule
     return _centred(_resize(rgb, scaled, _filter(preprocess)), preprocess.size, fill)
 
 

@@ -24,7 +24,15 @@ from bbx.backbone import Backbone
 from bbx.errors import UsageError, WeightsError
 from bbx.providers.timm_families import FAMILY_OF
 from bbx.providers.timm_forward import Intermediates, family_of, taps_of
-from bbx.providers.timm_weights import architecture_of, check_tag, load_file, load_published, offline_hint, tags
+from bbx.providers.timm_weights import (
+    architecture_of,
+    check_tag,
+    load_file,
+    load_published,
+    offline_hint,
+    published_as,
+    tags,
+)
 from bbx.spec import BUILD, Build, ModelRef, Preprocess, ResizeMode
 from bbx.taps import Tap
 from bbx.weights import check_file, digest
@@ -33,7 +41,7 @@ _MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border":
 # Arguments of `create_model` that are bbx's to give.
 _NOT_OPTIONS = (
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
-    "out_indices", "feature_cls", "img_size", "in_chans", "scriptable", "exportable", "no_jit",
+    "out_indices", "feature_cls", "in_chans", "scriptable", "exportable", "no_jit",
 )  # fmt: skip
 
 
@@ -74,18 +82,21 @@ def load(ref: ModelRef, build: Build = BUILD) -> Backbone:
     name, an impossible size, or tokens of a network that has none.
     """
     name, path = _which(ref)
+    if build.structure or path or ref.weights == "random":
+        name = published_as(name) or name  # timm itself knows how to build it: no hub is needed
     config = _configuration(name)
-    preprocess = _preprocess(config, build.size)
-    options = _options(config, build, preprocess)
-    if build.size and build.size != _preprocess(config, None).size:
+    size = _size(config, build)
+    preprocess = _preprocess(config, size)
+    options = _options(config, build, size)
+    if size and size != _preprocess(config, None).size:
         _check_size(name, options, preprocess.size, meta=_on_meta(config))
-    label, untrained = f"random (seed {build.seed})", tuple[str, ...]()
+    label, untrained, notes = f"random (seed {build.seed})", tuple[str, ...](), tuple[str, ...]()
     if build.structure:
         network = _build(name, options, build, meta=_on_meta(config))
     elif ref.weights == "random" or path:
         network = _build(name, options, build)
         if path:
-            label, untrained = load_file(network, path)
+            label, untrained, notes = load_file(network, path)
     else:
         network, label = load_published(name, lambda pretrained: _build(name, options, build, pretrained=pretrained))
     network.eval()
@@ -95,7 +106,7 @@ def load(ref: ModelRef, build: Build = BUILD) -> Backbone:
     forward = Intermediates.of(network, taps, index, tokens=build.tokens) if index else None
     checksum = "" if build.structure else digest(network)
     text = _text(name, build.options)
-    notes = tuple(_notes(network, taps, config))
+    notes = (*_notes(taps), *notes)
     return Backbone(ref, network, taps, preprocess, label, checksum, untrained, notes, forward=forward, config=text)
 
 
@@ -138,10 +149,16 @@ def _text(name: str, options: Mapping[str, Any]) -> str:
     """What the network is built from where its name does not say it: a folder's or hub id's arguments, options."""
     if ":" not in name:
         return json.dumps(dict(options), sort_keys=True) if options else ""
-    resolved = timm.models.resolve_model_input_args(name)
-    own = {key: value for key, value in resolved.items() if key not in ("model_name", "pretrained_cfg")}
-    facts = {"architecture": resolved["pretrained_cfg"]["architecture"], **own, **options}
-    return json.dumps(facts, sort_keys=True, default=str)
+    own = dict(timm.models.resolve_model_input_args(name))
+    architecture, config = own.pop("model_name"), own.pop("pretrained_cfg")
+    own.pop("pretrained_model_args", None)  # the same once more
+    if own.get("in_chans") == 3:
+        del own["in_chans"]
+    # What timm takes from the configuration where the arguments do not say it.
+    facts = {"num_classes": config["num_classes"]} if config["num_classes"] >= 0 else {}
+    if config["fixed_input_size"]:
+        facts["img_size"] = list(config["input_size"][1:])
+    return json.dumps({**facts, **own, **options, "architecture": architecture}, sort_keys=True, default=str)
 
 
 def _preprocess(config: Mapping[str, Any], size: tuple[int, int] | None) -> Preprocess:
@@ -175,12 +192,21 @@ def _on_meta(config: Mapping[str, Any]) -> bool:
     return family is None or family.meta
 
 
-def _options(config: Mapping[str, Any], build: Build, preprocess: Preprocess) -> dict[str, Any]:
+def _size(config: Mapping[str, Any], build: Build) -> tuple[int, int] | None:
+    """The input size that is asked for, by timm's own word `img_size` too, where the network is built for one size."""
+    side = build.options.get("img_size") if config.get("fixed_input_size") else None
+    if build.size or side is None:
+        return build.size
+    height, width = (side, side) if isinstance(side, int) else side
+    return int(height), int(width)
+
+
+def _options(config: Mapping[str, Any], build: Build, size: tuple[int, int] | None) -> dict[str, Any]:
     """Arguments of `create_model`: the user's own, and the size for a network that is built for one."""
     if taken := [name for name in build.options if name in _NOT_OPTIONS]:
         raise UsageError(f"{taken[0]} is no option of a timm model in bbx", "see --size, --weights, --stages")
-    sized = {"img_size": preprocess.size} if config.get("fixed_input_size") and build.size else {}
-    return {**sized, **build.options}
+    sized = {"img_size": size} if config.get("fixed_input_size") and size else {}
+    return {**build.options, **sized}
 
 
 class _Unfilled(TorchFunctionMode):
@@ -247,8 +273,7 @@ def _near(height: int, width: int) -> Iterator[tuple[int, int]]:
     yield from sorted(found, key=lambda near: (abs(near[0] - height) + abs(near[1] - width), near))
 
 
-def _notes(network: nn.Module, taps: tuple[Tap, ...], config: Mapping[str, Any]) -> Iterator[str]:
-    if taps[0].name != "stem":
-        yield "no stem: no module of this network gives one map before its first stage; index 0 stays empty"
-    if config.get("crop_mode") in ("squash", "border") and config.get("crop_pct", 1) != 1:
-        yield f"timm scales to 1/{config['crop_pct']} of the size and cuts the middle, bbx straight to the size"
+def _notes(taps: tuple[Tap, ...]) -> tuple[str, ...]:
+    if taps[0].name == "stem":
+        return ()
+    return ("no stem: no module of this network gives one map before its first stage; index 0 stays empty",)

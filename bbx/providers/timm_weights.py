@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from bbx.errors import UsageError, WeightsError, nearest
-from bbx.weights import load_into, read_state_dict
+from bbx.weights import WRAPPERS, load_into, read_checkpoint
 
 # What timm's files call the function that renames and resizes the tensors of published checkpoints.
 _FILTERS = (
     "checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained",
     "checkpoint_filter_fn_classifier", "checkpoint_filter_fn_encoder",
 )  # fmt: skip
+
+# What `timm.create_model(checkpoint_path=…)` takes, in its order: averaged weights first.
+_WRAPPERS = tuple(dict.fromkeys(("state_dict_ema", "model_ema", "state_dict", "model", *WRAPPERS)))
 
 
 def tags(architecture: str) -> tuple[str, ...]:
@@ -59,44 +62,60 @@ def load_published(name: str, build: Callable[[bool], nn.Module]) -> tuple[nn.Mo
     return network, name.partition(":")[2] or cfg.get("tag") or "pretrained"
 
 
+def published_as(name: str) -> str:
+    """timm's `architecture.tag` whose weights the hub id `hf-hub:org/name` is; "" for any other name."""
+    source, _, place = name.partition(":")
+    tagged = place.rpartition("/")[2]
+    architecture, _, tag = tagged.partition(".")
+    if source != "hf-hub" or not timm.models.is_model(architecture) or tag not in tags(architecture):
+        return ""
+    cfg: Any = timm.models.get_pretrained_cfg(tagged)
+    return tagged if cfg.hf_hub_id == place else ""
+
+
 def offline_hint(name: str) -> str:
-    """What works without a network: the command that fetches these very weights elsewhere, and what to type here."""
-    source, _, place = name.rpartition(":")
+    """What works without a network: the command that fetches these very weights elsewhere, and what to type here.
+
+    Random weights only where timm knows without the place of `name` how to build the network.
+    """
+    source, _, place = name.partition(":") if ":" in name else ("", "", name)
     if source == "local-dir":
-        return f"{place} must hold config.json and model.safetensors; or --weights random"
+        return f"{place} must hold config.json and model.safetensors"
     cfg: Any = None if source else timm.models.get_pretrained_cfg(name)
     hub = place.partition("@")[0] if source else cfg.hf_hub_id
-    random = "or go without trained ones: --weights random"
+    random = "\nor go without trained ones: --weights random" if not source or published_as(name) else ""
     if hub:
         folder = hub.rpartition("/")[2]
         if source:
             return (
                 f"on a machine with a network: hf download {hub} config.json model.safetensors --local-dir {folder}\n"
-                f"then here: local-dir:{folder}\n{random}"
+                f"then here: local-dir:{folder}{random}"
             )
         file = cfg.hf_hub_filename or "model.safetensors"
         return (
             f"on a machine with a network: hf download {hub} {file} --local-dir {folder}\n"
-            f"then here: --weights {folder}/{file}   (or copy ~/.cache/huggingface/hub/models--* here)\n{random}"
+            f"then here: --weights {folder}/{file}   (or copy ~/.cache/huggingface/hub/models--* here){random}"
         )
     url = cfg.url
-    return f"on a machine with a network: curl -LO {url}\nthen here: --weights {Path(url).name}\n{random}"
+    return f"on a machine with a network: curl -LO {url}\nthen here: --weights {Path(url).name}{random}"
 
 
-def load_file(network: nn.Module, path: Path) -> tuple[str, tuple[str, ...]]:
-    """Loads a file into `network`: (the label, modules of the classifier that it does not fit).
+def load_file(network: nn.Module, path: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Loads a file into `network`: (the label, modules of the classifier that it does not fit, notes).
 
     Names and sizes of published checkpoints are translated by timm's own filter of that model file; tensors that fit as
     they are stay as they are. Raises `WeightsError`.
     """
-    state, label = read_state_dict(path), f"file {path.name}"
+    label, (state, held) = f"file {path.name}", read_checkpoint(path, _WRAPPERS)
+    state = timm.models.clean_state_dict(state)
+    notes = (f"{label} holds {' and '.join(held)}: {held[0]} is taken, as timm does",) if len(held) > 1 else ()
     cfg: Any = network.pretrained_cfg
     classifiers = cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ((classifiers,) if isinstance(classifiers, str) else classifiers))
     own = network.state_dict()
     if any(name not in state or state[name].shape != own[name].shape for name in own if not name.startswith(heads)):
         state = _filtered(state, network)
-    return label, load_into(network, state, head=heads, source=label)
+    return label, load_into(network, state, head=heads, source=label), notes
 
 
 def _filtered(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
