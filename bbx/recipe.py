@@ -107,6 +107,11 @@ def read(config: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any
 def checked(content: Mapping[str, Any], *, model: str = "") -> Pyramid | Model:
     """`content` as a recipe, each key known and of its type; `model`, from outside, takes the place of `model:`."""
     if model or "model" in content:
+        if {"neck", "head"} & set(content):
+            raise UsageError(
+                f"model {model or content['model']} goes with no neck and head of the configuration's own",
+                "for a pyramid, name the backbone in the file alone: backbone: {model: resnet-18}",
+            )
         _known(content, _MODEL, "the configuration")
         parts = {name: _mapping(content, name) for name in ("backbone", "options")}
         name = _typed("model", model or content["model"], str)
@@ -136,6 +141,8 @@ def _parsed(path: Path, text: str) -> Any:
             return json.loads(text)
         if kind in (".yaml", ".yml"):
             return _yaml(path, text)
+    except UsageError:
+        raise
     except ValueError as error:  # both decoders name the line
         raise UsageError(f"{path} cannot be parsed: {error}", f"is it {kind[1:].upper()}?") from None
     raise UsageError(f"{path} is neither .yaml, .toml nor .json", "name the file by what is in it")
@@ -164,10 +171,14 @@ def _known(given: Mapping[str, Any], keys: Sequence[str] | Mapping[str, Any], pa
 def _mapping(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     given = content.get(name) or {}
     if hasattr(given, "to_diff_dict"):  # a configuration object of transformers
-        left_out = ("transformers_version", "stage_names", "out_indices")
+        left_out = ["transformers_version", "stage_names", "out_indices"]
+        if given.to_dict().get("out_features") == list(getattr(given, "stage_names", ()))[-1:]:
+            # What a configuration says that was asked nothing: the class then takes the stages that it needs.
+            left_out.append("out_features")
         given = {key: value for key, value in given.to_diff_dict().items() if key not in left_out}
     if not isinstance(given, Mapping):
-        raise UsageError(f"{name} is {given!r}, not keys and values", f"{name}: {{…}}")
+        told = f"{{model: {given}}}" if name == "backbone" and isinstance(given, str) else "{…}"
+        raise UsageError(f"{name} is {given!r}, not keys and values", f"{name}: {told}")
     return given
 
 

@@ -245,6 +245,17 @@ def test_what_the_configuration_says_is_recorded_and_another_one_is_another_run(
     assert "config" in other.err
 
 
+def test_a_model_beside_a_pyramid_is_told_where_it_belongs(bbx_cli, tmp_path):
+    (tmp_path / "my.json").write_text('{"backbone": {"model": "toy"}, "neck": {"type": "fpn"}}')
+    ran = bbx_cli("stages", "resnet18", "--config", "my.json")
+    assert ran.code == 2
+    assert "backbone: {model: resnet-18}" in ran.err
+    (tmp_path / "my.yaml").write_text("backbone: resnet-18")
+    assert "backbone: {model: resnet-18}" in bbx_cli("stages", "--config", "my.yaml").err
+    (tmp_path / "my.yaml").write_text("backbone: [")
+    assert bbx_cli("stages", "--config", "my.yaml").err.count("cannot be parsed") == 1
+
+
 def test_a_configuration_excludes_what_it_says_itself(bbx_cli, pictures, tmp_path):
     (tmp_path / "my.json").write_text('{"backbone": {"model": "resnet18", "weights": "random"}}')
     for option in (("--weights", "random"), ("--tokens",)):

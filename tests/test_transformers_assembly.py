@@ -632,3 +632,13 @@ def test_reports_of_the_library_do_not_reach_the_user(tmp_path, capfd):
 
 def test_how_many_parameters_is_not_known_of_a_type():
     assert {row["parameters"] for row in transformers_tasks.list_models()} == {None}
+
+
+@pytest.mark.parametrize("model", ["maskformer", "upernet", "detr"])
+def test_a_configuration_object_that_asks_for_no_stages_gets_those_that_the_class_needs(model):
+    config = transformers.ResNetConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 32, 64], embedding_size=8, layer_type="basic"
+    )
+    backbone = assemble({"model": model, "backbone": config}, structure=True, size=128)
+    assert {f"backbone.stage{number}" for number in range(1, 5)} <= set(backbone.stage_names)
+    assert any(name.startswith("neck.") for name in backbone.stage_names)
