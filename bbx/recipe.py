@@ -169,7 +169,7 @@ def _known(given: Mapping[str, Any], keys: Sequence[str] | Mapping[str, Any], pa
 
 
 def _mapping(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    given = content.get(name) or {}
+    given: Any = content.get(name) or {}
     if hasattr(given, "to_diff_dict"):  # a configuration object of transformers
         left_out = ["transformers_version", "stage_names", "out_indices"]
         if given.to_dict().get("out_features") == list(getattr(given, "stage_names", ()))[-1:]:
