@@ -119,7 +119,7 @@ def test_a_hub_id_in_the_cache_is_used_offline(swin, hub):
     assert backbone.weights == "hub someone/swin"
     state = load(swin[0]).network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in backbone.network.state_dict().items())
-    assert backbone.config == ""
+    assert json.loads(backbone.config)["depths"] == [1, 2]  # the cache may be another one when it is loaded again
     assert backbone.preprocess.processor_name == "ViTImageProcessor"
     assert load("someone/swin", "random").weights == "random (seed 0)"
 
