@@ -642,3 +642,14 @@ def test_a_configuration_object_that_asks_for_no_stages_gets_those_that_the_clas
     backbone = assemble({"model": model, "backbone": config}, structure=True, size=128)
     assert {f"backbone.stage{number}" for number in range(1, 5)} <= set(backbone.stage_names)
     assert any(name.startswith("neck.") for name in backbone.stage_names)
+
+
+def test_a_package_that_a_class_alone_wants_is_named_with_its_pip_line(monkeypatch):
+    def wants_scipy(self, config):
+        raise ImportError(
+            "MaskFormerLoss requires the scipy library. You can install it with pip:\n`pip install scipy`."
+        )
+
+    monkeypatch.setattr(transformers.MaskFormerForInstanceSegmentation, "__init__", wants_scipy)
+    with pytest.raises(MissingExtraError, match="pip install scipy"):
+        assemble({"model": "maskformer", "backbone": {"model_type": "resnet"}}, structure=True)

@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 
 from bbx.backbone import Backbone
-from bbx.errors import UsageError, nearest
+from bbx.errors import MissingExtraError, UsageError, nearest
 from bbx.processor import IMAGENET_MEAN, IMAGENET_STD, preprocess_of
 from bbx.providers.transformers_configs import FAULTS, configured, facts_of, kind_of, line_of, need_timm, set_field
 from bbx.providers.transformers_families import FAMILIES
@@ -162,6 +162,11 @@ def _built(kind: Any, config: Any, seed: int, device: str) -> nn.Module:
         with torch.random.fork_rng(devices=()), torch.device(device), quiet():
             torch.manual_seed(seed)
             network: nn.Module = kind(config)
+    except ImportError as error:  # a package that transformers wants for this class alone: scipy, for matching losses
+        wanted = re.search(r"pip install ([\w-]+)", str(error))
+        if wanted is None:
+            raise
+        raise MissingExtraError(wanted[1], f"pip install {wanted[1]}") from None
     except FAULTS as error:
         hint = "does the class take this backbone with these stages?"
         raise UsageError(f"{kind.__name__} cannot be built: {line_of(error)}", hint) from None
