@@ -23,7 +23,8 @@ from bbx.errors import UsageError, nearest
 from bbx.providers import load_backbone, load_structure
 from bbx.providers.table import PROVIDERS, fold, imported
 from bbx.recipe import Model, Pyramid, checked, read, tidied
-from bbx.spec import BUILD, Build, ExifMode, ModelRef, Norm, ResizeMode, align_stages
+from bbx.spec import BUILD, Build, ExifMode, ModelRef, Norm, ResizeMode
+from bbx.stages import align_stages
 from bbx.taps import Tap, capture, channels_first
 from bbx.weights import digest
 

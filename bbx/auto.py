@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from bbx.backbone import Backbone, parameters_by_stage
 from bbx.errors import UsageError
 from bbx.providers import load_backbone, load_structure, resolve, saved
-from bbx.spec import Build, Norm, Preprocess, Stage, align_stages, select_stages
+from bbx.spec import Build, Norm, Preprocess, Stage
+from bbx.stages import align_stages, select_stages
 from bbx.taps import LastingTaps, channels_first, exclusive
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bbx.errors import ContractError, UsageError, WeightsError
-from bbx.spec import ModelRef, Norm, Precision, Preprocess, Stage, select_stages
+from bbx.spec import ModelRef, Norm, Precision, Preprocess, Stage
+from bbx.stages import select_stages
 from bbx.taps import Tap, capture, channels_first, exclusive, free_taps, settled
 
 Forward = Callable[[Tensor, Sequence[Tap]], dict[str, Tensor]]

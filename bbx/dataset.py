@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bbx.spec import select_stages
+from bbx.stages import select_stages
 from bbx.store import FeatureFile
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from bbx import plots
 from bbx.errors import ImageError, StartError, UsageError
 from bbx.images import read_image
-from bbx.spec import Scale, select_stages
+from bbx.spec import Scale
+from bbx.stages import select_stages
 from bbx.store import FeatureFile, open_finished_or_partial
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bbx.errors import UsageError, nearest
-from bbx.spec import storable_name
+from bbx.stages import storable_name
 
 Layout = Literal["nchw", "nhwc", "tokens", "as is"]
 

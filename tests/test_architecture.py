@@ -21,12 +21,12 @@ LAYERS = [
     {"backbone", "weights"},
     {"processor", "recipe"},
     {"taps"},
-    {"spec"},
+    {"spec", "stages"},
     {"errors"},
 ]
 # Third party at module level.
 HEAVY = {
-    "errors": set(), "spec": set(), "backbone": {"torch"}, "weights": {"torch"}, "taps": {"torch"},
+    "errors": set(), "spec": set(), "stages": set(), "backbone": {"torch"}, "weights": {"torch"}, "taps": {"torch"},
     "images": {"PIL", "numpy"},
     "store": {"h5py", "numpy"}, "runner": {"torch", "numpy"}, "plan": {"torch"}, "dataset": {"torch", "numpy"},
     "show": {"numpy"},
@@ -53,6 +53,7 @@ NEVER = {
     "store": {"torch", "matplotlib", "rich", "PIL"}, "plots": {"torch", "h5py"},
     "images": {"torch", "h5py"}, "console": {"torch", "typer"}, "runner": {"rich", "typer", "matplotlib"},
     "providers": {"h5py", "rich"}, "errors": {"torch", "numpy"}, "spec": {"torch", "numpy"},
+    "stages": {"torch", "numpy"},
 }  # fmt: skip
 
 

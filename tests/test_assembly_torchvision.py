@@ -8,7 +8,8 @@ import torchvision
 
 from bbx.errors import UsageError, WeightsError
 from bbx.providers.torchvision_tasks import TASKS, load, names
-from bbx.spec import Build, ModelRef, storable_name
+from bbx.spec import Build, ModelRef
+from bbx.stages import storable_name
 from tests.test_assembly import calls
 
 PIXELS = torch.randn(2, 3, 128, 96, generator=torch.Generator().manual_seed(0))

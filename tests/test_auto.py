@@ -16,7 +16,7 @@ import bbx
 from bbx import AutoBackbone, AutoImageProcessor, BackboneConfig
 from bbx.errors import FileError, UsageError, WeightsError
 from bbx.providers import resolve
-from bbx.spec import align_stages, select_stages
+from bbx.stages import align_stages, select_stages
 from tests.conftest import EXTRAS, SAMPLES
 
 # One line per provider and kind of network: hooks, tokens, channels-last, no stem, an own forward.

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from bbx.errors import FileError, UsageError
-from bbx.spec import ModelRef, Preprocess, RunSpec, Stage, select_stages, storable_name
+from bbx.spec import ModelRef, Preprocess, RunSpec, Stage
+from bbx.stages import select_stages, storable_name
 
 NAMES = ("stem", "stage1", "stage2", "stage3", "stage4")
 PREPROCESS = Preprocess((224, 224), 256, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

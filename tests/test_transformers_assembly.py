@@ -12,7 +12,8 @@ from bbx.assembly import assemble
 from bbx.errors import BbxError, MissingExtraError, UsageError, WeightsError
 from bbx.providers import transformers_tasks
 from bbx.providers.transformers_roles import TASKS
-from bbx.spec import Build, ModelRef, storable_name
+from bbx.spec import Build, ModelRef
+from bbx.stages import storable_name
 from tests.test_assembly import calls
 
 PIXELS = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))

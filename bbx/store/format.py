@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import UsageError
-from bbx.spec import RunSpec, Stage, storable_name
+from bbx.spec import RunSpec, Stage
+from bbx.stages import storable_name
 
 FORMAT = "bbx-features"
 VERSION = "1.0"
