@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from bbx.errors import FileError, UsageError, nearest
 
@@ -24,6 +24,9 @@ Mode = Literal["auto", "new", "resume", "overwrite"]
 OnError = Literal["skip", "fail"]
 Scale = Literal["shared", "channel"]
 Norm = Literal["raw", "native"]
+
+# Fields that say how a run came about, and not what it computes.
+_LABELS = ("weights", "source")
 
 # An input of 8192 × 8192: beyond it lie typing errors and hostile files.
 _MOST_PIXELS = 1 << 26
@@ -179,12 +182,24 @@ class Preprocess:
         return f"{by}{how}, mean ({mean}), std ({std}), EXIF orientation {self.exif}"
 
 
+class InputFile(NamedTuple):
+    """An image file as it was when its row was made: size in bytes, mtime in nanoseconds, BLAKE2b-128 of its content.
+
+    `digest` is empty where it was not taken.
+    """
+
+    nbytes: int = 0
+    mtime_ns: int = 0
+    digest: bytes = b""
+
+
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What makes a run this run: two runs are the same exactly when these are equal (`weights`, a label, aside).
+    """What makes a run this run: two runs are the same exactly when these are equal (but for the last two, labels).
 
     `config` is the JSON text of what the model was built from where its name does not say it. `norm` and `tokens` as in
-    `Build`.
+    `Build`. `source` is the JSON text of the arguments that the backbone was asked for with, so that it can be built
+    again; `weights` says in a few words where they come from.
     """
 
     model: str
@@ -198,6 +213,7 @@ class RunSpec:
     tokens: bool = False
     config: str = ""
     weights: str = field(default="", compare=False)
+    source: str = field(default="", compare=False)
 
     @property
     def row_nbytes(self) -> int:
@@ -207,8 +223,7 @@ class RunSpec:
     @property
     def sha256(self) -> str:
         """Hex digest of the fields that are compared."""
-        compared = {name: value for name, value in self._written().items() if name != "weights"}
-        return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
+        return run_digest(self._written())
 
     def differences(self, other: RunSpec) -> list[tuple[str, str, str]]:
         """`(field, mine, theirs)` for each compared field that differs, nested fields by dotted name."""
@@ -239,6 +254,7 @@ class RunSpec:
             (data, "norm", "raw"),
             (data, "tokens", False),
             (data, "config", ""),
+            (data, "source", ""),
             (data["preprocess"], "processor", ""),
         ):
             if holder[name] == usual:
@@ -263,6 +279,12 @@ class RunSpec:
         if not (min(*preprocess.size, preprocess.resize) > 0 and math.prod(preprocess.size) <= _MOST_PIXELS):
             raise FileError(f"the run description has an impossible input size: {preprocess.size}")
         return run
+
+
+def run_digest(data: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a run as data, as a file has it, its labels left out."""
+    compared = {name: value for name, value in data.items() if name not in _LABELS}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
 def _unlike(mine: Sequence[Stage], theirs: Sequence[Stage]) -> tuple[str, str]:

@@ -29,7 +29,7 @@ def test_root_attributes_name_format_run_and_rows(file: h5py.File) -> None:
         "NX_class": "NXroot",
         "default": "plot",
         "bbx_format": "bbx-features",
-        "bbx_format_version": "1.0",
+        "bbx_format_version": "1.1",
         "bbx_run_sha256": RUN.sha256,
         "coordinates": "path status",
         "row_start": 0,
@@ -55,6 +55,10 @@ def test_root_attributes_name_format_run_and_rows(file: h5py.File) -> None:
         ("checksum/stem", "<u4", (20,)),
         ("provenance/attempts", "u1", (16, 4096)),
         ("provenance/failure", "S256", (20,)),
+        ("provenance/input_nbytes", "<i8", (20,)),
+        ("provenance/input_mtime", "<i8", (20,)),
+        ("provenance/input_digest", "u1", (20, 16)),
+        ("provenance/seal", "<u4", (20,)),
     ],
 )
 def test_dataset_is_contiguous_of_its_type(file: h5py.File, name: str, dtype: str, shape: tuple[int, ...]) -> None:

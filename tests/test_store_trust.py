@@ -137,7 +137,7 @@ ATTACKS: dict[Callable[[h5py.File], None], str] = {
     soft_link: "/stem is only a link",
     external_storage: "not stored in one piece",
     external_status: "not stored in one piece",
-    virtual: "/stem lies in other files",
+    virtual: "outside the folder",
     unknown_filter: "/stem needs HDF5 filter 32000",
     huge_deflated: "/stem is float32",
     other_shape: "/stem is float32",
@@ -222,25 +222,27 @@ def test_loop_of_groups_ends(out: Path) -> None:
         assert opened.keys == KEYS
 
 
-def test_virtual_rows_inside_the_folder_are_read_when_allowed(out: Path, original: Path) -> None:
+def test_virtual_rows_inside_the_folder_are_read_unless_forbidden(out: Path, original: Path) -> None:
     shutil.copy(original, out.parent / "shard.h5")
     with h5py.File(out, "r+") as file:
         layout = h5py.VirtualLayout(shape=file["stem"].shape, dtype="f4")
         layout[:] = h5py.VirtualSource("shard.h5", "stem", shape=file["stem"].shape)
         del file["stem"]
         file.create_virtual_dataset("stem", layout, fillvalue=np.nan)
-    with FeatureFile(out, allow_virtual=True) as opened:
+    with FeatureFile(out) as opened:
         np.testing.assert_array_equal(opened["stem", 3], row_maps([3])["stem"][0])
+    with pytest.raises(FileError, match="lies in other files"):
+        FeatureFile(out, allow_virtual=False)
     (out.parent / "shard.h5").unlink()
     with pytest.raises(FileError, match=r"shard\.h5 does not exist"):
-        FeatureFile(out, allow_virtual=True)
+        FeatureFile(out)
 
 
 def test_virtual_rows_outside_the_folder_are_refused_always(out: Path) -> None:
     with h5py.File(out, "r+") as file:
         virtual(file)
     with pytest.raises(FileError, match="outside the folder"):
-        FeatureFile(out, allow_virtual=True)
+        FeatureFile(out)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 30))])

@@ -69,6 +69,12 @@ class Access:
         with handle.lock, trust.guarded(self.path):
             return [format.decode_key(data) for block in handle.opened.key_blocks() for data in block]
 
+    def broken_seals(self) -> NDArray[np.int64]:
+        """The rows, done or failed, whose seal does not match."""
+        handle = self._open()
+        with handle.lock:
+            return handle.opened.broken_seals()
+
     def fill(self, column: Column, ranges: Iterable[tuple[int, int]], out: NDArray[Any]) -> None:
         """Read `ranges` of rows, half-open, one after the other into `out`, C-contiguous `(k, *row_shape)`."""
         handle = self._open()

@@ -1,4 +1,4 @@
-"""The schema of bbx-features 1.0: names, types and texts of everything in the file, in one place.
+"""The schema of bbx-features 1.1: names, types and texts of everything in the file, in one place.
 
 Keys are stored as valid UTF-8 whatever a file system holds. A byte that is not UTF-8 reaches Python as a lone
 surrogate, and is written as JSON would write it (`\\udcff`); a real backslash that would read as such an escape becomes
@@ -11,7 +11,8 @@ import json
 import math
 import re
 import socket
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -20,22 +21,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import UsageError
-from bbx.spec import RunSpec, Stage
+from bbx.spec import InputFile, RunSpec, Stage
 from bbx.stages import storable_name
 
 FORMAT = "bbx-features"
-VERSION = "1.0"
+VERSION = "1.1"
 PENDING, DONE, FAILED = 0, 1, 2
 STATUS_WORDS = ("pending", "done", "failed")
 
 IMAGE, PATH, STATUS = "image", "path", "status"
 RUN, ATTEMPTS, FAILURE = "provenance/run", "provenance/attempts", "provenance/failure"
 ATTEMPT_SLOTS, ATTEMPT_NBYTES, FAILURE_NBYTES = 16, 4096, 256
+INPUT_NBYTES, INPUT_MTIME, INPUT_DIGEST = (f"provenance/input_{fact}" for fact in ("nbytes", "mtime", "digest"))
+SEAL = "provenance/seal"
+DIGEST_NBYTES = 16
+"""BLAKE2b of an input file's content; zeros where it was not taken."""
 MAX_KEY_NBYTES = 65_535
 MAX_RUN_NBYTES = 1 << 24
 
 ALIGN_FROM, ALIGN_TO = 65_536, 4096
 """Objects of at least `ALIGN_FROM` bytes start at a multiple of `ALIGN_TO` bytes."""
+
+BIRTH = "id"
+"""What tells a start from every other; the first one's tells a file from every other."""
+_CRC = "crc32"
+_CRC_NBYTES = len(f', "{_CRC}": "00000000"')
+"""The last member of a start's JSON: the CRC32 of the text without it."""
 
 _ESCAPE = re.compile(r"\\u(005c|d[89a-f][0-9a-f]{2})")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -70,10 +81,20 @@ class Column:
         return self.dtype.itemsize * math.prod(self.row_shape)
 
 
-def columns(run: RunSpec) -> tuple[Column, ...]:
-    """Every dataset that is written after the skeleton is built, one row per image (attempts: per slot), unplaced."""
+def columns(run: RunSpec, version: tuple[int, int] = (1, 1)) -> tuple[Column, ...]:
+    """Every dataset that is written after the skeleton is built, one row per image (attempts: per slot), unplaced.
+
+    Files of version 1.0 have neither the input's facts nor seals.
+    """
     real = np.dtype("<f2" if run.dtype == "float16" else "<f4")
+    sealed = (
+        Column(INPUT_NBYTES, np.dtype("<i8"), ()),
+        Column(INPUT_MTIME, np.dtype("<i8"), ()),
+        Column(INPUT_DIGEST, np.dtype("u1"), (DIGEST_NBYTES,)),
+        Column(SEAL, np.dtype("<u4"), ()),
+    )
     return (
+        *(sealed if version >= (1, 1) else ()),
         Column(STATUS, np.dtype("u1"), ()),
         Column(FAILURE, np.dtype(f"S{FAILURE_NBYTES}"), ()),
         Column(ATTEMPTS, np.dtype("u1"), (ATTEMPT_NBYTES,)),
@@ -85,6 +106,47 @@ def columns(run: RunSpec) -> tuple[Column, ...]:
 def checksum_name(stage: str) -> str:
     """Name of the dataset that holds the CRC32 of each of the stage's rows."""
     return f"checksum/{stage}"
+
+
+@dataclass(frozen=True, slots=True)
+class RowFacts:
+    """What a file says of `k` rows beside their features: one array per column, as on disk, and keys as stored."""
+
+    keys: Sequence[bytes]
+    status: NDArray[np.uint8]
+    reasons: NDArray[np.bytes_]
+    nbytes: NDArray[np.int64]
+    mtimes: NDArray[np.int64]
+    digests: NDArray[np.uint8]
+    sums: NDArray[np.uint32]
+
+    def seals(self) -> NDArray[np.uint32]:
+        """CRC32 over key, status, reason, input file and the stages' checksums `(k, stages)`, each row's own `(k,)`.
+
+        It binds a row to its image: a key, a mark or a reason that changed is told from the one that was written.
+        """
+        parts = (
+            self.status.astype("u1")[:, None],
+            self.reasons.astype(f"S{FAILURE_NBYTES}").view("u1").reshape(len(self.keys), -1),
+            self.nbytes.astype("<i8")[:, None].view("u1"),
+            self.mtimes.astype("<i8")[:, None].view("u1"),
+            self.digests,
+            np.ascontiguousarray(self.sums, "<u4").view("u1").reshape(len(self.keys), -1),
+        )
+        block = np.concatenate(parts, axis=1)
+        return np.array(
+            [zlib.crc32(row.data, zlib.crc32(key)) for key, row in zip(self.keys, block, strict=True)], "<u4"
+        )
+
+
+def input_arrays(inputs: Sequence[InputFile]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
+    """Sizes `(k,)`, mtimes `(k,)` and digests `(k, 16)` as they are stored."""
+    digests = b"".join(one.digest[:DIGEST_NBYTES].ljust(DIGEST_NBYTES, b"\0") for one in inputs)
+    return (
+        np.array([one.nbytes for one in inputs], "<i8"),
+        np.array([one.mtime_ns for one in inputs], "<i8"),
+        np.frombuffer(digests, np.uint8).reshape(len(inputs), DIGEST_NBYTES),
+    )
 
 
 def axes(stage: Stage) -> tuple[str, ...]:
@@ -145,24 +207,38 @@ def decode_reason(value: bytes) -> str:
 def encode_attempt(attempt: Mapping[str, object] | None) -> bytes:
     """One start as JSON in 4096 bytes, NUL-padded; adds time and host where missing, cuts the longest value to fit."""
     facts: dict[str, object] = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": now(),
         "host": socket.gethostname(),
         **{str(name): value for name, value in (attempt or {}).items()},
     }
+    facts.pop(_CRC, None)
     text = json.dumps(facts, default=str)
-    while (excess := len(text) - (ATTEMPT_NBYTES - 1)) > 0:
+    while (excess := len(text) - (ATTEMPT_NBYTES - 1 - _CRC_NBYTES)) > 0:
         nbytes, longest = max((len(json.dumps(value, default=str)), name) for name, value in facts.items())
         value = facts.pop(longest)
         keep = (nbytes - excess - 12) / nbytes  # 12: the quotes and the ellipsis, as JSON
         if isinstance(value, str) and len(value) * keep >= 1:
             facts[longest] = value[: int(len(value) * keep)] + "…"
         text = json.dumps(facts, default=str)
-    return text.encode().ljust(ATTEMPT_NBYTES, b"\0")
+    sealed = f'{text[:-1]}, "{_CRC}": "{zlib.crc32(text.encode()):08x}"}}'
+    return sealed.encode().ljust(ATTEMPT_NBYTES, b"\0")
 
 
-def decode_attempt(slot: bytes) -> dict[str, Any]:
-    """The facts of one start; a slot that a power loss tore comes back as `{"unreadable": …}`, not as an error."""
-    text = slot.split(b"\0", 1)[0].decode("utf-8", "replace")
+def now() -> str:
+    """This second, as the file records it: ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def decode_attempt(slot: bytes, *, sealed: bool = False) -> dict[str, Any]:
+    """The facts of one start; a slot that a power loss tore comes back as `{"unreadable": …}`, not as an error.
+
+    `sealed`: a slot without its CRC32 is unreadable too; those of version 1.0 have none.
+    """
+    text = slot.rstrip(b"\0").decode("utf-8", "replace")
+    if found := re.search(rf', "{_CRC}": "([0-9a-f]{{8}})"}}$', text):
+        text = text[: found.start()] + "}"
+    if int(found[1], 16) != zlib.crc32(text.encode()) if found else sealed:
+        return {"unreadable": text[:80]}
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):

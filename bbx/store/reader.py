@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import EXIT_SOME_FAILED, BbxError, FileError, UsageError, nearest
-from bbx.spec import RunSpec, Stage
+from bbx.spec import InputFile, RunSpec, Stage
 from bbx.store import format
 from bbx.store.access import Access
 from bbx.store.commit import runs
@@ -42,13 +42,13 @@ class FeatureFile:
     """An open feature file: `file["stage1", "cat.png"]` is that image's map, `(c, h, w)`.
 
     A context manager, picklable, safe to use from threads and after a fork. `partial=True` opens the unfinished
-    `<path>.partial` where there is one; its rows by status are those of the last `refresh()`. `allow_virtual=True`
-    follows virtual datasets into files of the same folder.
+    `<path>.partial` where there is one; its rows by status are those of the last `refresh()`. Virtual datasets are
+    followed into files of the same folder and nowhere else, or with `allow_virtual=False` not at all.
 
     Raises `FileError` for a file that is missing, damaged, not bbx's, or not to be trusted.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, partial: bool = False, allow_virtual: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, partial: bool = False, allow_virtual: bool = True) -> None:
         self.path = Path(path)
         self._access = Access(self.path, partial=partial, allow_virtual=allow_virtual)
         self._keys: list[str] | None = None
@@ -119,7 +119,12 @@ class FeatureFile:
     def attempts(self) -> list[dict[str, Any]]:
         """One dict per start of the run, oldest first: time, host, device, versions, command line."""
         slots = self._access.rows(format.ATTEMPTS, 0, format.ATTEMPT_SLOTS)
-        return [format.decode_attempt(slot.tobytes()) for slot in slots if slot[0]]
+        return [format.decode_attempt(slot.tobytes(), sealed=self.sealed) for slot in slots if slot[0]]
+
+    @property
+    def sealed(self) -> bool:
+        """Whether every row has a seal and its input's facts; files of format 1.0 have neither."""
+        return self._access.facts.sealed
 
     def refresh(self) -> None:
         """Read the status column again, for a file that is being written."""
@@ -151,6 +156,23 @@ class FeatureFile:
         self._access.fill(view.column, [(place, place + 1)], data)
         expected = self._access.rows(format.checksum_name(stage), place, 1)[0]
         return zlib.crc32(data.data) == int(expected)
+
+    def broken_seals(self) -> NDArray[np.int64]:
+        """The rows, done or failed, whose key, mark, reason, input facts or checksums were changed; int64 ascending."""
+        return self._access.broken_seals()
+
+    def inputs(self, rows: Sequence[RowKey] | slice = slice(None)) -> list[InputFile]:
+        """The image file of each of `rows` as it was when the row was made; all zero in a file of format 1.0."""
+        places = self._rows(rows)
+        if not self.sealed or not len(places):
+            return [InputFile()] * len(places)
+        first, count = int(places.min()), int(places.max() - places.min()) + 1
+        names = (format.INPUT_NBYTES, format.INPUT_MTIME, format.INPUT_DIGEST)
+        nbytes, mtimes, digests = (self._access.rows(name, first, count)[places - first] for name in names)
+        return [
+            InputFile(int(size), int(mtime), digest.tobytes() if digest.any() else b"")
+            for size, mtime, digest in zip(nbytes, mtimes, digests, strict=True)
+        ]
 
     def close(self) -> None:
         """Close this process's handles; the file cannot be read any more."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,13 +24,17 @@ _OTHERWISE = "--mode overwrite replaces it, -o other.h5 leaves it alone"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The output as found: whether this run is `new` there, can `resume`, or is `complete`, and its rows by status."""
+    """The output as found: whether this run is `new` there, can `resume`, or is `complete`, and its rows by status.
+
+    `reopen`: it is finished, and goes on all the same, for its failed rows are to be tried again.
+    """
 
     path: Path
     state: State
     pending: int
     done: int
     failed: int
+    reopen: bool = False
 
 
 def partial_path(path: Path) -> Path:
@@ -46,11 +50,14 @@ def output_path(path: str | os.PathLike[str]) -> Path:
     return given.resolve() if given.is_symlink() else given
 
 
-def check_target(path: str | os.PathLike[str], run: RunSpec, keys: Sequence[str], mode: Mode = "auto") -> Target:
+def check_target(
+    path: str | os.PathLike[str], run: RunSpec, keys: Sequence[str], mode: Mode = "auto", *, retry_failed: bool = False
+) -> Target:
     """What `run` over the images `keys` finds at `path`; changes nothing on disk.
 
     `auto` begins, resumes or leaves be whatever fits; `new` wants nothing there; `resume` wants something of this run
-    there (and finishes an interrupted overwrite); `overwrite` begins anew whatever is there.
+    there (and finishes an interrupted overwrite); `overwrite` begins anew whatever is there. With `retry_failed`,
+    failed rows count as pending.
 
     Raises `RunMismatchError` naming what differs, `FileError` for a file that is not bbx's, `StartError` for a missing
     or unwritable folder, `UsageError` for a run, keys or a mode that no file can have.
@@ -72,12 +79,31 @@ def check_target(path: str | os.PathLike[str], run: RunSpec, keys: Sequence[str]
                 raise RunMismatchError(f"{place} exists already", _OTHERWISE)
         return new
     if out.exists() and not (mode == "resume" and partial.exists()):
-        return _complete(out, run, keys)
+        found = _complete(out, run, keys)
+        return _retried(found) if retry_failed else found
     if partial.exists():
-        return _compared(out, partial, run, keys)
+        found = _compared(out, partial, run, keys)
+        return replace(found, pending=found.pending + found.failed, failed=0) if retry_failed else found
     if mode == "resume":
         raise StartError(f"there is nothing to resume: neither {out} nor {partial} exists", "leave out --mode resume")
     return new
+
+
+def _retried(found: Target) -> Target:
+    """A finished file whose failed rows are to be tried again."""
+    if not found.failed:
+        return found
+    unfinished = partial_path(found.path)
+    if unfinished.exists():
+        raise StartError(f"{unfinished} is in the way of retrying rows of {found.path}", "finish or delete it first")
+    with_offsets = trust.open_checked(found.path)
+    with_offsets.close()
+    if any(column.offset is None for column in with_offsets.facts.columns.values()):
+        raise FileError(
+            f"{found.path} is compressed: its failed rows cannot be written again",
+            f"--skip-in {found.path} -o more.h5 extracts what it lacks, and bbx merge puts them together",
+        )
+    return Target(found.path, "resume", found.failed, found.done, 0, reopen=True)
 
 
 def check_keys(keys: Sequence[str]) -> None:

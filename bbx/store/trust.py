@@ -7,20 +7,21 @@ that HDF5 does not bring along, and any shape, length or text that a file of thi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import BbxError, FileError, UsageError
-from bbx.spec import RunSpec
+from bbx.spec import RunSpec, run_digest
 from bbx.store import disk, format
 from bbx.store.format import Column
 
@@ -32,14 +33,19 @@ _HEAP_REFERENCE = np.dtype([("nbytes", "<u4"), ("address", "<u8"), ("index", "<u
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a checked file says about itself; equal for the same file opened twice, `birth` being its first start."""
+    """What a checked file says about itself; equal for one file opened twice, `birth` being its first start's id."""
 
     run: RunSpec
     rows: int
     row_start: int
     rows_total: int
     columns: dict[str, Column]
-    birth: bytes
+    birth: str
+
+    @property
+    def sealed(self) -> bool:
+        """Whether each row carries a seal and its input's facts, which files of version 1.0 do not."""
+        return format.SEAL in self.columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,32 @@ class OpenFile:
             raise FileError(f"{self.path} is damaged: a row has status {status.max()}")
         return status
 
+    def row_facts(self, start: int, keys: Sequence[bytes]) -> format.RowFacts:
+        """What the file, a sealed one, says of the rows from `start` whose stored keys are `keys`."""
+
+        def column(name: str) -> NDArray[Any]:
+            return self.rows(name, start, len(keys))
+
+        return format.RowFacts(
+            keys,
+            status=column(format.STATUS),
+            reasons=column(format.FAILURE),
+            nbytes=column(format.INPUT_NBYTES),
+            mtimes=column(format.INPUT_MTIME),
+            digests=column(format.INPUT_DIGEST),
+            sums=np.stack([column(format.checksum_name(stage.name)) for stage in self.facts.run.stages], axis=1),
+        )
+
+    def broken_seals(self) -> NDArray[np.int64]:
+        """The rows, done or failed, whose seal is not that of what the file says of them; none in a 1.0 file."""
+        found, start = [np.empty(0, np.int64)], 0
+        for keys in self.key_blocks() if self.facts.sealed else ():
+            facts = self.row_facts(start, keys)
+            stored = self.rows(format.SEAL, start, len(keys))
+            found.append(start + np.flatnonzero((facts.status != format.PENDING) & (facts.seals() != stored)))
+            start += len(keys)
+        return np.concatenate(found)
+
     def key_blocks(self) -> Iterator[list[bytes]]:
         """Every row's key as stored, in blocks of bounded size."""
         with guarded(self.path):
@@ -103,7 +135,7 @@ def guarded(path: Path) -> Iterator[None]:
         raise FileError(f"{path} is damaged, or no feature file ({text[:300]})") from error
 
 
-def open_checked(path: Path, *, allow_virtual: bool = False) -> OpenFile:
+def open_checked(path: Path, *, allow_virtual: bool = True) -> OpenFile:
     """Open `path` read-only and check all of it but the rows. Raises `FileError`."""
     while True:
         fd = _descriptor(path)
@@ -154,26 +186,37 @@ def _inspect(file: h5py.File, fd: int, path: Path, allow_virtual: bool) -> Facts
             raise FileError(f"{path} is damaged: /path holds no UTF-8 text")
         stages = {stage.name for stage in run.stages}
         columns = {}
-        for column in format.columns(run):
+        for column in format.columns(run, _version(file)):
             length = format.ATTEMPT_SLOTS if column.name == format.ATTEMPTS else rows
             data = _dataset(file, column.name)
             if column.name in stages:
                 columns[column.name] = _placed_stage(data, column, rows, size, path, allow_virtual)
             else:
                 columns[column.name] = _placed(data, column, length, size)
-        birth = bytearray(format.ATTEMPT_NBYTES)
+        slot = bytearray(format.ATTEMPT_NBYTES)
         offset = columns[format.ATTEMPTS].offset
         assert offset is not None
-        disk.read_at(fd, birth, offset)
-        return Facts(run, rows, start, total, columns, bytes(birth))
+        disk.read_at(fd, slot, offset)
+        birth = format.decode_attempt(bytes(slot)).get(format.BIRTH)
+        return Facts(run, rows, start, total, columns, str(birth) if birth else slot.decode("latin-1"))
 
 
 def _check_format(file: h5py.File, path: Path) -> None:
     if _word(file, "bbx_format") != format.FORMAT:
         raise FileError(f"{path} is an HDF5 file, but not one of bbx", "give the .h5 file that bbx extract made")
-    version = _word(file, "bbx_format_version")
-    if version.split(".")[0] != format.VERSION.split(".")[0]:
-        raise FileError(f"{path} has format {version}, and this bbx reads {format.VERSION}", "pip install -U bbx")
+    _version(file)
+
+
+def _version(file: h5py.File) -> tuple[int, int]:
+    """The format's (major, minor)."""
+    text = _word(file, "bbx_format_version")
+    found = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text)
+    ours = int(format.VERSION.split(".")[0])
+    if not found or int(found[1]) != ours:
+        raise FileError(
+            f"the file has format {text or 'none'}, and this bbx reads {format.VERSION}", "pip install -U bbx"
+        )
+    return ours, int(found[2])
 
 
 def _word(file: h5py.File, name: str) -> str:
@@ -247,9 +290,7 @@ def _run(file: h5py.File, fd: int) -> RunSpec:
     except UsageError as error:
         raise FileError(f"the run description is damaged ({error.message})") from None
     # Over the text as it stands, so that a field that a later bbx adds does not make older files look damaged.
-    compared = {name: value for name, value in json.loads(text).items() if name != "weights"}
-    digest = hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
-    if digest != _word(file, "bbx_run_sha256"):
+    if run_digest(json.loads(text)) != _word(file, "bbx_run_sha256"):
         raise FileError("the run description does not match its own digest")
     return run
 
@@ -286,7 +327,7 @@ def _placed_stage(data: h5py.Dataset, column: Column, rows: int, size: int, path
         _check_sources(data, path)
     elif layout == h5py.h5d.VIRTUAL:
         raise FileError(
-            f"/{column.name} lies in other files", "allow_virtual=True reads them, inside this file's folder"
+            f"/{column.name} lies in other files", "allow_virtual=True follows them, inside this file's folder"
         )
     elif layout == h5py.h5d.CHUNKED:
         _check_chunks(data, plan, rows * column.row_nbytes, size)

@@ -7,6 +7,7 @@ when nothing is pending.
 from __future__ import annotations
 
 import os
+import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import StartError, UsageError, WriteError
-from bbx.spec import Mode, RunSpec
+from bbx.spec import InputFile, Mode, RunSpec
 from bbx.store import disk, format, lock, skeleton, trust
 from bbx.store.commit import Committer, failed, runs
 from bbx.store.format import Column, Counts
@@ -31,9 +32,20 @@ class FeatureWriter:
     `pending` are the rows that still want features, int64 ascending, as they were when the file was opened.
     """
 
-    def __init__(self, target: Target, held: lock.WriterLock, run: RunSpec, attempt: bytes) -> None:
+    def __init__(
+        self,
+        target: Target,
+        held: lock.WriterLock,
+        run: RunSpec,
+        keys: Sequence[str],
+        attempt: Mapping[str, object],
+        *,
+        retry_failed: bool,
+    ) -> None:
         self.path = target.path
         self.run = run
+        self._keys = keys
+        self._attempt = attempt
         self._partial = partial_path(target.path)
         self._held = held
         self._pid = os.getpid()
@@ -48,14 +60,17 @@ class FeatureWriter:
             status = opened.status()
         finally:
             opened.close()
+        self._retried = retry_failed
+        failed_rows = np.flatnonzero(status == format.FAILED)[: None if retry_failed and not complete else 0]
+        status[failed_rows] = format.PENDING
         self._status = status.copy()
         self.pending: NDArray[np.int64] = np.flatnonzero(status == format.PENDING)
         self._committer: Committer | None = None
         if not complete:
             self._fd = self._descriptor()
             try:
-                if target.state == "resume":
-                    self._record(attempt)
+                self._unmark(failed_rows)
+                self._slot = self._record(None if target.state == "resume" else 0)
             except BaseException:
                 lock.disown(self._fd)
                 raise
@@ -71,21 +86,26 @@ class FeatureWriter:
         *,
         attempt: Mapping[str, object] | None = None,
         mode: Mode = "auto",
+        retry_failed: bool = False,
     ) -> FeatureWriter:
         """Begin `run` over the images `keys` at `path`, or go on with it, as `check_target` says.
 
-        `attempt` is recorded in the file as this start's time, host, device, versions and the like. Raises what
+        `attempt` is recorded in the file as this start's time, host, device, versions and the like. `retry_failed`:
+        failed rows are pending again; a finished file is `.partial` again until they are done. Raises what
         `check_target` does, and `StartError` where another process writes there or the disk has too little room.
         """
         out = output_path(path)
         with disk.starting(out):
             held = lock.WriterLock(out)
             try:
-                target = check_target(path, run, keys, mode)
-                record = format.encode_attempt(attempt)
+                target = check_target(path, run, keys, mode, retry_failed=retry_failed)
+                start = {"time": format.now(), format.BIRTH: secrets.token_hex(8), **(attempt or {})}
                 if target.state == "new":
-                    _lay_out(out, run, keys, record)
-                return cls(target, held, run, record)
+                    _lay_out(out, run, keys, format.encode_attempt(start))
+                elif target.reopen:
+                    out.replace(partial_path(out))
+                    disk.sync_folder(out.parent)
+                return cls(target, held, run, keys, start, retry_failed=retry_failed)
             except BaseException:
                 held.release()
                 raise
@@ -105,24 +125,28 @@ class FeatureWriter:
         """Whether no row is pending."""
         return self.counts.pending == 0
 
-    def write(self, rows: NDArray[np.int64] | Sequence[int], maps: Mapping[str, NDArray[Any]]) -> None:
+    def write(
+        self,
+        rows: NDArray[np.int64] | Sequence[int],
+        maps: Mapping[str, NDArray[Any]],
+        inputs: Sequence[InputFile] = (),
+    ) -> None:
         """Store `maps[stage]`, `(b, *stage.shape)` of any float type, as the `b` pending rows `rows`.
 
-        The rows count after the next commit, in the background every 256 MB or 5 seconds. What float16 cannot
-        hold becomes an infinity: counting those is the caller's. Raises `UsageError` for other rows, stages or shapes,
-        `WriteError` when the disk fails.
+        `inputs` are their image files, one each. The rows count after the next commit, in the background every 256 MB
+        or 5 seconds. What float16 cannot hold becomes an infinity: counting those is the caller's.
+        Raises `UsageError` for other rows, stages or shapes, `WriteError` when the disk fails.
         """
         places = self._checked_rows(rows)
         arrays = self._checked_maps(maps, len(places))
-        self._store(places, arrays, format.DONE)
+        self._store(places, arrays, format.DONE, inputs)
 
-    def fail(self, row: int, reason: str) -> None:
+    def fail(self, row: int, reason: str, input: InputFile | None = None) -> None:
         """Mark the pending row `row` as failed for `reason` (256 bytes are kept); its features become NaN."""
         places = self._checked_rows([row])
-        self._put(format.FAILURE, places, np.array([format.encode_reason(reason)], self._columns[format.FAILURE].dtype))
         columns = [self._columns[stage.name] for stage in self.run.stages]
         arrays = {column.name: np.full((1, *column.row_shape), np.nan, column.dtype) for column in columns}
-        self._store(places, arrays, format.FAILED)
+        self._store(places, arrays, format.FAILED, [input or InputFile()], format.encode_reason(reason))
 
     def commit(self) -> None:
         """Return once everything written so far is on disk and marked. Raises `WriteError`."""
@@ -163,6 +187,7 @@ class FeatureWriter:
             try:
                 committer.stop()
                 committer.flush()
+                self._write_attempt(self._slot, {"end": format.now(), **self.counts._asdict()})
                 os.fsync(self._fd)
             finally:
                 lock.disown(self._fd)
@@ -188,13 +213,26 @@ class FeatureWriter:
             raise StartError(f"{self._partial} is open for writing in another program", "close it there")
         return fd
 
-    def _record(self, attempt: bytes) -> None:
-        """Put this start into the first free slot, or the last one where all are taken."""
-        free = np.flatnonzero(self._attempts[:, 0] == 0)
-        slot = int(free[0]) if len(free) else format.ATTEMPT_SLOTS - 1
-        column = self._columns[format.ATTEMPTS]
-        disk.write_at(self._fd, attempt, _offset(column, slot))
-        disk.make_durable(self._fd)
+    def _unmark(self, rows: NDArray[np.int64]) -> None:
+        """Make `rows` pending on disk, before any byte of theirs is written again."""
+        for first, last in runs(rows):
+            disk.write_at(self._fd, bytes(last - first), _offset(self._columns[format.STATUS], first))
+        if len(rows):
+            disk.make_durable(self._fd)
+
+    def _record(self, slot: int | None) -> int:
+        """Put this start into the first free slot, or the last one where all are taken; returns which."""
+        if slot is None:
+            free = np.flatnonzero(self._attempts[:, 0] == 0)
+            slot = int(free[0]) if len(free) else format.ATTEMPT_SLOTS - 1
+            self._write_attempt(slot, {})
+            disk.make_durable(self._fd)
+        return slot
+
+    def _write_attempt(self, slot: int, more: Mapping[str, object]) -> None:
+        # One page, written whole: a power loss takes the old text or the new one.
+        text = format.encode_attempt({**self._attempt, **more})
+        disk.write_at(self._fd, text, _offset(self._columns[format.ATTEMPTS], slot))
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -237,16 +275,49 @@ class FeatureWriter:
                 arrays[name] = np.ascontiguousarray(given, dtype=column.dtype)
         return arrays
 
-    def _store(self, places: NDArray[np.int64], arrays: Mapping[str, NDArray[Any]], status: int) -> None:
+    def _store(
+        self,
+        places: NDArray[np.int64],
+        arrays: Mapping[str, NDArray[Any]],
+        status: int,
+        inputs: Sequence[InputFile],
+        reason: bytes = b"",
+    ) -> None:
         """Hand rows and checksums to the system, then to the committer; an error in between leaves the rows pending."""
         if self._committer is None or not len(places):
             return
-        for name, array in arrays.items():
-            sums = self._pool.submit(_checksums, array)  # beside the write: both let go of the interpreter
+        sums = np.empty((len(places), len(arrays)), "<u4")
+        for column, (name, array) in enumerate(arrays.items()):
+            waiting = self._pool.submit(_checksums, array)  # beside the write: both let go of the interpreter
             self._put(name, places, array)
-            self._put(format.checksum_name(name), places, sums.result())
+            sums[:, column] = waiting.result()
+            self._put(format.checksum_name(name), places, sums[:, column].copy())
+        self._put_facts(places, status, inputs or [InputFile()] * len(places), reason, sums)
         self._status[places] = status
         self._committer.add(places, status, sum(array.nbytes for array in arrays.values()))
+
+    def _put_facts(
+        self,
+        places: NDArray[np.int64],
+        status: int,
+        inputs: Sequence[InputFile],
+        reason: bytes,
+        sums: NDArray[np.uint32],
+    ) -> None:
+        """Reason, input files and seals of the rows; a retried row's old reason goes."""
+        if len(inputs) != len(places):
+            raise UsageError(f"{len(inputs)} input files for {len(places)} rows", "one for each")
+        keys = [format.encode_key(self._keys[place]) for place in places]
+        reasons = np.full(len(places), reason, f"S{format.FAILURE_NBYTES}")
+        files = format.input_arrays(inputs)
+        facts = format.RowFacts(keys, np.full(len(places), status, np.uint8), reasons, *files, sums)
+        if reason or self._retried:
+            self._put(format.FAILURE, places, reasons)
+        if format.SEAL in self._columns:
+            self._put(format.INPUT_NBYTES, places, facts.nbytes)
+            self._put(format.INPUT_MTIME, places, facts.mtimes)
+            self._put(format.INPUT_DIGEST, places, facts.digests)
+            self._put(format.SEAL, places, facts.seals())
 
     def _put(self, name: str, places: NDArray[np.int64], values: NDArray[Any]) -> None:
         """Write `values`, `(k, *row_shape)`, at the rows `places`, `(k,)`: one call per run of consecutive rows."""
