@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -15,15 +17,18 @@ import torch
 
 from bbx.backbone import Backbone
 from bbx.errors import EXIT_ALL_FAILED, EXIT_SOME_FAILED, StartError, UsageError
-from bbx.images import ImageList
+from bbx.images import DecodeSettings, ImageList
 from bbx.providers.table import EXTRAS
-from bbx.spec import RunSpec
+from bbx.spec import Compress, RunSpec
 from bbx.store import Target, check_room
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known before the first image is decoded."""
+    """All that is known before the first image is decoded.
+
+    `fresh`: the mode begins anew, so that the same command would not continue it. `notes`: what a user should know.
+    """
 
     images: ImageList
     backbone: Backbone
@@ -34,6 +39,12 @@ class Plan:
     batch_size: int
     workers: int
     free_nbytes: int
+    decoding: DecodeSettings
+    deterministic: bool = False
+    retry_failed: bool = False
+    fresh: bool = False
+    compress: Compress = "none"
+    notes: tuple[str, ...] = ()
 
     @property
     def needed_nbytes(self) -> int:
@@ -55,7 +66,7 @@ class Summary:
 
     `failed` counts the failed rows, `failures` holds key and reason of the first of them (the file holds all),
     `overflow` counts the values per stage that float16 could not hold, `nonfinite` those that were NaN or infinite as
-    the network gave them.
+    the network gave them. `notes` is what was changed on the way, such as a batch halved for want of memory.
     """
 
     output: Path
@@ -66,6 +77,7 @@ class Summary:
     extracted: int = 0
     overflow: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     wall: float = 0.0
     decode: float = 0.0
     compute: float = 0.0
@@ -125,8 +137,27 @@ def attempt(plan: Plan) -> dict[str, object]:
         "device": f"{plan.device} ({name})",
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
         "command": shlex.join(sys.argv),
+        "cwd": str(Path.cwd()),
+        "revision": revision(),
         "weights": plan.run.weights,
         "roots": [str(Path(root).absolute()) for root in plan.images.roots[:8]],
         "batch_size": plan.batch_size,
         "workers": plan.workers,
+        "threads": torch.get_num_threads(),
+        "deterministic": plan.deterministic,
     }
+
+
+def revision() -> str | None:
+    """The git commit of this bbx, where it was installed from git or runs in a checkout, with `-dirty` if changed."""
+    try:
+        origin = json.loads(metadata.distribution("bbx").read_text("direct_url.json") or "{}")
+        if commit := origin.get("vcs_info", {}).get("commit_id"):
+            return str(commit)
+        root = Path(__file__).parent.parent
+        if not (root / ".git").exists():
+            return None
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, ValueError, AttributeError, metadata.PackageNotFoundError, subprocess.SubprocessError):
+        return None  # provenance is told where it is known, and never ends a run

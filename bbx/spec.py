@@ -24,6 +24,7 @@ Mode = Literal["auto", "new", "resume", "overwrite"]
 OnError = Literal["skip", "fail"]
 Scale = Literal["shared", "channel"]
 Norm = Literal["raw", "native"]
+Compress = Literal["none", "gzip"]
 
 # Fields that say how a run came about, and not what it computes.
 _LABELS = ("weights", "source")

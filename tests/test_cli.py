@@ -150,13 +150,15 @@ def test_exit_130_and_143_when_interrupted_and_the_same_command_continues(tmp_pa
 
 
 def test_a_signal_is_obeyed_even_where_any_exception_is_taken_for_a_bad_image(bbx_cli, pictures, monkeypatch):
-    from bbx.images import read_image
+    from bbx.images import Decoders
+
+    submit = Decoders.submit
 
     def interrupted(*given):
         os.kill(os.getpid(), signal.SIGTERM)  # reaches the main thread wherever it is
-        return read_image(*given)
+        return submit(*given)
 
-    monkeypatch.setattr("bbx.runner.read_image", interrupted)
+    monkeypatch.setattr(Decoders, "submit", interrupted)
     assert bbx_cli("extract", "--model", "toy", "--batch-size", "1", pictures).code == 143
 
 
@@ -325,9 +327,9 @@ def test_the_help_states_the_librarys_defaults():
     import inspect
 
     from bbx import cli
-    from bbx.runner import extract
+    from bbx.runner import USUAL, extract
 
-    given = {name: item.default for name, item in inspect.signature(extract).parameters.items()}
+    given = {name: item.default for name, item in inspect.signature(extract).parameters.items()} | USUAL
     shown = {}
     for name, item in inspect.signature(cli.extract).parameters.items():
         option = next(
@@ -336,5 +338,5 @@ def test_the_help_states_the_librarys_defaults():
         if match := re.search(r"\(default: (.+)\)", getattr(option, "help", "") or ""):
             shown[name] = match[1]
             assert item.default is None  # left to the library
-    stated = {name: str(value) for name, value in given.items() if isinstance(value, str | int) and value is not False}
+    stated = {name: str(value) for name, value in given.items() if isinstance(value, str | int | float) and value not in (False, True, "")}
     assert stated.items() <= shown.items()

@@ -13,7 +13,7 @@ import torch
 import bbx
 from bbx.backbone import normalise
 from bbx.errors import ImageError, InterruptedRunError, RunMismatchError, StartError, UsageError
-from bbx.images import read_image
+from bbx.images import Decoders, read_image
 from bbx.providers import load_backbone
 from bbx.runner import extract
 
@@ -270,8 +270,9 @@ def test_a_missing_device_or_folder_is_a_start_error(pictures, tmp_path):
 
 def test_each_image_is_decoded_once(pictures, tmp_path, monkeypatch):
     read = []
+    submit = Decoders.submit
     monkeypatch.setattr(
-        "bbx.runner.read_image", lambda path, *rest: (read.append(Path(path).name), read_image(path, *rest))
+        Decoders, "submit", lambda self, path, slot: (read.append(Path(path).name), submit(self, path, slot))[1]
     )
     extract(pictures, model="toy", output=tmp_path / "f.h5", batch_size=2)
     assert sorted(read) == [f"{number:03}.png" for number in range(7)]

@@ -11,20 +11,21 @@ from __future__ import annotations
 import errno
 import os
 import re
-import stat
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from bbx.errors import ImageError, UsageError
+from bbx.images import source
 from bbx.images.formats import claimed_format, readable_formats, silence_pillow
-from bbx.spec import Preprocess
+from bbx.spec import InputFile, Preprocess
 
 # A 1 x 10000 picture scaled to a short side of 256 would be 655 million pixels; 2**26 of them are 256 MiB in Pillow.
 _MAX_SCALED_PIXELS = 1 << 26
+# Where Pillow itself speaks of a decompression bomb.
+MAX_PIXELS = 2 * 89_478_485
 _REASON_LENGTH = 200
 # Pillow's plugins say it in as many ways.
 _ENDS_EARLY = re.compile(r"truncated|not enough|EOF|but only got|incomplete|no more images", re.IGNORECASE)
@@ -38,12 +39,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SPECIAL_FILES = (
-    (stat.S_ISFIFO, "FIFO"),
-    (stat.S_ISSOCK, "socket"),
-    (stat.S_ISCHR, "device"),
-    (stat.S_ISBLK, "device"),
-)
 _OPEN_REASONS = {
     errno.ENOENT: "no such file",
     errno.ENOTDIR: "no such file",
@@ -54,27 +49,52 @@ _OPEN_REASONS = {
 }
 
 
+class Decoded(NamedTuple):
+    """What came of one file: its pixels, `(h, w, 3)`, or the reason why there are none, and the file as it was."""
+
+    pixels: NDArray[Any] | None
+    reason: str
+    file: InputFile
+
+
 def read_image(path: str | os.PathLike[str], preprocess: Preprocess, out: NDArray[Any] | None = None) -> NDArray[Any]:
     """The first frame of `path` as `(h, w, 3)` RGB uint8, `(h, w)` being `preprocess.size`, in `out` if given.
 
     Thread-safe, and it never waits: only regular files are opened. Raises `ImageError` with a reason of one line for
     whatever is wrong with the file, `UsageError` for a preprocessing that Pillow does not know.
     """
+    decoded = decode(path, preprocess, digest=False)
+    if decoded.pixels is None:
+        raise ImageError(decoded.reason)
+    if out is None:
+        return decoded.pixels
+    out[...] = decoded.pixels
+    return out
+
+
+def decode(
+    path: str | os.PathLike[str], preprocess: Preprocess, *, max_pixels: int = MAX_PIXELS, digest: bool = True
+) -> Decoded:
+    """As `read_image`, a failure being an answer like any other; `digest`: the content's is taken too."""
     _filter(preprocess)
     silence_pillow()
     text = os.fspath(path)
+    facts = InputFile()
     try:
-        with _open_regular(text) as file:
-            pixels = prepare(_identify(file), preprocess)
+        with source.open_regular(text) as file:
+            facts = source.facts_of(file)
+            content = source.held(file, facts)
+            if digest and content is not file:
+                facts = facts._replace(digest=source.digest(content))
+            pixels = prepare(_identify(content, max_pixels), preprocess)
+            if content is file:  # a large one, and no rubbish, else it would not have got here
+                facts_now = facts._replace(digest=source.digest(file)) if digest else facts
+                source.check_unchanged(file, facts)
+                facts = facts_now
     except Exception as error:  # Pillow's plugins raise anything at all on bad data.
-        reason = _reason(error)
-    else:
-        if out is None:
-            return pixels
-        out[...] = pixels
-        return out
-    # Raised out here so that the error does not keep the half-decoded image alive through its context.
-    raise ImageError(reason)
+        # The text alone leaves: the error would keep the half-decoded image alive.
+        return Decoded(None, _reason(error), facts)
+    return Decoded(pixels, "", facts)
 
 
 def prepare(image: Image.Image, preprocess: Preprocess) -> NDArray[Any]:
@@ -112,30 +132,7 @@ def _filter(preprocess: Preprocess) -> Image.Resampling:
         raise UsageError(f"no interpolation {preprocess.interpolation!r}", f"Pillow has {known}") from None
 
 
-def _open_regular(path: str) -> BinaryIO:
-    """`path` opened for reading; a FIFO, which would wait for its writer, or a device is never opened."""
-    _check_regular(Path(path).stat())
-    # Should the file be exchanged for a FIFO right here, O_NONBLOCK keeps the open from waiting.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        _check_regular(os.fstat(descriptor))
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def _check_regular(facts: os.stat_result) -> None:
-    if stat.S_ISDIR(facts.st_mode):
-        raise ImageError("a folder, not a file")
-    if not stat.S_ISREG(facts.st_mode):
-        kind = next((word for test, word in _SPECIAL_FILES if test(facts.st_mode)), "special file")
-        raise ImageError(f"a {kind}, not a regular file")
-    if facts.st_size == 0:
-        raise ImageError("zero bytes")
-
-
-def _identify(file: BinaryIO) -> Image.Image:
+def _identify(file: BinaryIO, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(file, formats=readable_formats())
     except UnidentifiedImageError:
@@ -145,6 +142,8 @@ def _identify(file: BinaryIO) -> Image.Image:
         if image.format == "EPS":
             # Whatever the suffix says: a program fed by a stranger's file, with no limit on its time.
             raise ImageError("EPS is drawn by an external program (Ghostscript), which bbx does not run")
+        if image.width * image.height > max_pixels:
+            raise ImageError(f"too large ({image.width * image.height} pixels, limit {max_pixels})")
         return image
     if claimed := claimed_format(header):
         raise ImageError(f"damaged or truncated {claimed} (its header cannot be read)")

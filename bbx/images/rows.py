@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from bisect import bisect_right
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -35,6 +35,15 @@ class ImageList:
         row = range(len(self.keys))[row]
         _, folder, cut = self._runs[bisect_right(self._runs, row, key=itemgetter(0)) - 1]
         return os.path.join(folder, self.keys[row][cut:])
+
+    def only(self, rows: Sequence[int], *, warnings: Iterable[str] = ()) -> ImageList:
+        """The list of `rows`, ascending, alone, with `warnings` added."""
+        starts = [start for start, _, _ in self._runs]
+        runs = [
+            (bisect_left(rows, start), folder, cut) for start, (_, folder, cut) in zip(starts, self._runs, strict=True)
+        ]
+        keys = [self.keys[row] for row in rows]
+        return ImageList(keys, self.roots, self.skipped, [*self.warnings, *warnings], runs)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,182 @@
+"""How a backbone is asked for, recorded in the feature file as text, and the same one built from that again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from bbx.assembly import assemble
+from bbx.backbone import Backbone
+from bbx.errors import FileError, StartError, UsageError, WeightsError
+from bbx.images import ImageList
+from bbx.providers import load_backbone, resolve
+from bbx.recipe import read as read_config
+from bbx.spec import ExifMode, Norm, ResizeMode, RunSpec
+from bbx.store import FeatureFile, open_finished_or_partial
+
+_RANDOM = re.compile(r"random \(seed (\d+)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What `bbx.extract` is told about its backbone, stages aside: the arguments of `load_backbone` or `assemble`."""
+
+    model: str = ""
+    weights: str = "auto"
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    resize_mode: ResizeMode | None = None
+    exif: ExifMode = "apply"
+    norm: Norm = "raw"
+    tokens: bool = False
+    config: Mapping[str, Any] | None = None
+
+    def build(self, stages: str | Iterable[str | int] | None = None, layers: str | Iterable[str] = ()) -> Backbone:
+        """The backbone, giving `stages` and `layers`. Raises `UsageError`, `StartError` and its kin."""
+        shared: dict[str, Any] = {
+            "seed": self.seed, "size": self.size, "resize_mode": self.resize_mode, "exif": self.exif, "norm": self.norm,
+            "stages": stages, "layers": layers,
+        }  # fmt: skip
+        if self.config is not None:
+            if self.weights != "auto" or self.tokens:
+                raise UsageError("--weights and --tokens do not go with --config", "the configuration says the weights")
+            return assemble(self.config, model=self.model, **shared)
+        if not self.model:
+            hint = "bbx models lists them; --model efficientnet-lite0 needs no network"
+            raise UsageError("which model? --model NAME", hint)
+        return load_backbone(resolve(self.model, weights=self.weights), tokens=self.tokens, **shared)
+
+    def to_json(self) -> str:
+        """The text that the file records: paths made absolute, for the command may be given elsewhere."""
+        data = asdict(self)
+        for name in ("model", "weights"):
+            # A word without a separator is a name first: a folder beside it does not make it a path.
+            if os.sep in data[name] and Path(data[name]).expanduser().exists():
+                data[name] = str(Path(data[name]).expanduser().absolute())
+        return json.dumps(data, sort_keys=True, default=str)
+
+
+def config_of(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The content of a configuration, so that the file can hold it."""
+    return None if config is None else read_config(config)
+
+
+def request_of(run: RunSpec, near: str | os.PathLike[str] | None = None) -> Request:
+    """How the backbone of `run` was asked for.
+
+    A path of weights or of a saved model is data from a file: it counts only below the current folder, or below that
+    of `near`, the feature file. Raises `WeightsError`, `FileError`.
+    """
+    if not run.source:
+        seed = _RANDOM.fullmatch(run.weights)
+        return Request(
+            run.model, "random" if seed else "auto", int(seed[1]) if seed else 0, norm=run.norm, tokens=run.tokens
+        )
+    try:
+        data = json.loads(run.source)
+        known = {item.name for item in fields(Request)}
+        size = tuple(data["size"]) if data.get("size") else None
+        request = Request(**{name: value for name, value in data.items() if name in known} | {"size": size})
+        right = isinstance(request.model, str) and isinstance(request.weights, str) and isinstance(request.seed, int)
+    except (ValueError, TypeError, AttributeError):
+        right = False
+    if not right:
+        raise FileError("the file does not say how its model was asked for", "name --model and --weights yourself")
+    for option, text in (("--model", request.model), ("--weights", request.weights)):
+        if Path(text).is_absolute() and not _is_near(Path(text), near):
+            raise WeightsError(
+                f"the file names {text}, which lies neither below the current folder nor below the file's",
+                f"a path from a file is not followed; if you trust it: {option} {text}",
+            )
+    return request
+
+
+def rebuild(
+    run: RunSpec,
+    *,
+    stages: Iterable[str] | None = None,
+    weights: str | None = None,
+    near: str | os.PathLike[str] | None = None,
+) -> Backbone:
+    """The backbone that a file records, built again: giving the run's `stages` (default: all), by its preprocessing.
+
+    `weights` says where they are now, `near` is the feature file (`request_of`). Raises `WeightsError` with both
+    digests where the weights are not those of the file, and what loading a model raises.
+    """
+    request = request_of(run, near)
+    request = replace(request, weights=weights) if weights else request
+    names = None if stages is None else set(stages)
+    chosen, layers = stages_of(run, names)
+    backbone = request.build(chosen, layers)
+    check_weights(backbone, run)
+    return replace(backbone, preprocess=run.preprocess)
+
+
+def check_weights(backbone: Backbone, run: RunSpec) -> None:
+    """Raises `WeightsError` where the weights are not those that made the file."""
+    if backbone.weights_digest != run.weights_digest:
+        raise WeightsError(
+            f"the weights are not those of the file: {run.weights} had digest {run.weights_digest}, and "
+            f"{backbone.weights} has {backbone.weights_digest}",
+            "name them: --weights FILE",
+        )
+
+
+def stages_of(run: RunSpec, names: Iterable[str] | None = None) -> tuple[list[str] | None, list[str]]:
+    """The run's stages by name, and its free layers by module path; of `names` only, if given."""
+    wanted = [stage for stage in run.stages if names is None or stage.name in names]
+    chosen = [stage.name for stage in wanted if stage.index is not None]
+    return chosen or None, [stage.module for stage in wanted if stage.index is None]
+
+
+def options_of(path: str | os.PathLike[str]) -> tuple[RunSpec, dict[str, Any]]:
+    """The run of a feature file, and the arguments of `extract` that make one like it."""
+    with open_finished_or_partial(path) as file:
+        run = file.run
+    request = request_of(run, path)
+    stages, layers = stages_of(run)
+    told = {item.name: getattr(request, item.name) for item in fields(Request)}
+    return run, {
+        **told,
+        "stages": stages,
+        "layers": layers,
+        "dtype": run.dtype,
+        "precision": run.precision,
+        "pool": run.pool,
+    }
+
+
+def images_of(path: str | os.PathLike[str]) -> ImageList:
+    """The images of a feature file, row by row, where they were: below the current folder or the file's, not elsewhere.
+
+    Raises `StartError` where they cannot be found so.
+    """
+    with open_finished_or_partial(path) as file:
+        roots = _roots(file)
+        keys = file.keys
+    shown = roots[0] if roots else "FOLDER"
+    if len(roots) != 1:
+        raise StartError(
+            f"the images of {path} lay in {len(roots)} folders", f"name them: bbx extract --like {path} {shown}"
+        )
+    if not _is_near(Path(roots[0]), path):
+        raise StartError(
+            f"the images of {path} lay in {roots[0]}, neither below the current folder nor below the file's",
+            f"a path from a file is not followed; if you trust it: bbx extract --like {path} {shown}",
+        )
+    return ImageList(keys, roots, _runs=[(0, roots[0], 0)])
+
+
+def _roots(file: FeatureFile) -> list[str]:
+    recorded = next((attempt["roots"] for attempt in file.attempts if "roots" in attempt), None)
+    return [root for root in recorded if isinstance(root, str)] if isinstance(recorded, list) else []
+
+
+def _is_near(path: Path, near: str | os.PathLike[str] | None) -> bool:
+    folders = [Path.cwd().resolve(), *([Path(near).resolve().parent] if near is not None else [])]
+    return any(path.resolve().is_relative_to(folder) for folder in folders)
