@@ -6,7 +6,7 @@ Names of files and stages come from outside, so they are drawn as plain text: no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 # Seconds between lines where there is no terminal to draw a bar on.
 LINE_EVERY = 5.0
 _FAILURES_SHOWN = 10
+_NUMERIC = ("index", "channels", "stride", "bytes per image", "parameters", "rows", "equal", "beyond", "largest error",
+            "mean error", "least cosine")  # fmt: skip
 
 
-def _console(*, stderr: bool) -> Console:
+def open_console(*, stderr: bool) -> Console:
+    """stderr for talk, stdout for data."""
     console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140  # a log file has no width; 80 would fold every path
@@ -44,7 +47,7 @@ def plain(text: object) -> Text:
 
 def error(problem: BbxError) -> None:
     """The error and its hint, on stderr."""
-    console = _console(stderr=True)
+    console = open_console(stderr=True)
     console.print(Text("error: ", "bold red") + _lines(problem.message), soft_wrap=True)
     for line in problem.hint.splitlines():
         console.print(Text("  hint: ", "cyan") + plain(line), soft_wrap=True)
@@ -54,7 +57,7 @@ def error(problem: BbxError) -> None:
 
 def note(text: str) -> None:
     """One line of talk, on stderr."""
-    _console(stderr=True).print(plain(text), soft_wrap=True)
+    open_console(stderr=True).print(plain(text), soft_wrap=True)
 
 
 def plan(what: Plan, *, verbose: bool = False) -> None:
@@ -82,11 +85,17 @@ def plan(what: Plan, *, verbose: bool = False) -> None:
     target = what.target
     if target.state == "resume":
         grid.add_row("resume", plain(f"{target.done:,} done, {target.failed:,} failed, {target.pending:,} to do"))
+    if target.state == "new" and what.retry_failed:
+        grid.add_row("retry", plain("there is no output yet, and so no failed row"))
+    if what.deterministic:
+        grid.add_row("bits", plain("deterministic: the same on this machine each time"))
+    if what.compress != "none":
+        grid.add_row("packed", plain(f"by {what.compress} at the end; until then both take their room"))
     if target.state == "complete":
         grid.add_row("complete", plain("this very run is there already: nothing to do"))
     if verbose:
         grid.add_row("digest", plain(f"run {run.sha256[:16]}, weights {run.weights_digest[:16]}"))
-    console = _console(stderr=True)
+    console = open_console(stderr=True)
     console.print(grid)
     for line in (*what.backbone.notes, *images.warnings):
         console.print(Text("note: ", "yellow") + plain(line), soft_wrap=True)
@@ -98,7 +107,7 @@ def plan(what: Plan, *, verbose: bool = False) -> None:
 @contextmanager
 def progress() -> Iterator[Callable[[Summary], None]]:
     """Gives the function to call after each batch: a bar on a terminal, a line every few seconds elsewhere."""
-    console = _console(stderr=True)
+    console = open_console(stderr=True)
     if not console.is_terminal:
         yield _line_writer(console)
         return
@@ -113,7 +122,11 @@ def progress() -> Iterator[Callable[[Summary], None]]:
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task("", total=None, rate=0.0, failed="")
 
+    told = 0
+
     def update(summary: Summary) -> None:
+        nonlocal told
+        told = _tell_new(console, summary, told)
         failed = f"{summary.failed:,} failed" if summary.failed else ""
         seen = summary.done + summary.failed
         rate = summary.images_per_second
@@ -128,9 +141,11 @@ def progress() -> Iterator[Callable[[Summary], None]]:
 
 def _line_writer(console: Console) -> Callable[[Summary], None]:
     last = time.monotonic()
+    told = 0
 
     def write(summary: Summary) -> None:
-        nonlocal last
+        nonlocal last, told
+        told = _tell_new(console, summary, told)
         if time.monotonic() - last < LINE_EVERY:
             return
         last = time.monotonic()
@@ -143,9 +158,16 @@ def _line_writer(console: Console) -> Callable[[Summary], None]:
     return write
 
 
+def _tell_new(console: Console, summary: Summary, told: int) -> int:
+    """What was changed on the way, said once; returns how many notes have been told."""
+    for line in summary.notes[told:]:
+        console.print(Text("note: ", "yellow") + plain(line), soft_wrap=True)
+    return len(summary.notes)
+
+
 def summary(result: Summary) -> None:
     """What came of it, on stderr."""
-    console = _console(stderr=True)
+    console = open_console(stderr=True)
     grid = Table.grid(padding=(0, 2))
     grid.add_row("rows", plain(f"{result.rows:,}: {result.done:,} done, {result.failed:,} failed"))
     if result.extracted:
@@ -160,6 +182,8 @@ def summary(result: Summary) -> None:
         grid.add_row("overflow", plain(f"{stage}: {count:,} values are beyond float16 and stored as infinity"))
     for stage, count in result.nonfinite.items():
         grid.add_row("not finite", plain(f"{stage}: {count:,} values are NaN or infinite as the network gave them"))
+    for line in result.notes:
+        grid.add_row("note", plain(line))
     console.print(grid)
     _failures(console, result.failures, result.failed, f"bbx info --json {result.output} lists all")
 
@@ -174,15 +198,15 @@ def stages(
     """`bbx stages`, on stdout."""
     from bbx.store import size_text
 
-    table = _table("stage", "index", "module", "channels", "stride", "height × width", "bytes per image", "parameters")
+    shown = table("stage", "index", "module", "channels", "stride", "height × width", "bytes per image", "parameters")
     for stage in found:
         grid = shape_text(stage.shape[1:]) if len(stage.shape) == 3 else "-"
         row = (stage.name, stage.index, stage.module, stage.channels, f"{stage.stride:g}", grid,
                size_text(4 * stage.values), f"{parameters[stage.name]:,}")  # fmt: skip
-        table.add_row(*(plain(cell) for cell in row))
-    console = _console(stderr=False)
+        shown.add_row(*(plain(cell) for cell in row))
+    console = open_console(stderr=False)
     console.print(plain(title))
-    console.print(table)
+    console.print(shown)
     console.print(plain(f"preprocessing: {preprocess.describe()}"), soft_wrap=True)
     for line in notes:
         console.print(Text("note: ", "yellow") + plain(line), soft_wrap=True)
@@ -190,10 +214,10 @@ def stages(
 
 def comparison(result: Comparison) -> None:
     """`bbx stages --compare`, on stdout: stage by stage, one line per library."""
-    console = _console(stderr=False)
+    console = open_console(stderr=False)
     height, width = result.size
     console.print(plain(f"{result.name}: the same random weights (seed {result.seed}), input {height}×{width}"))
-    table = _table("stage", "library", "its name", "index", "channels × height × width", "stride", "native norm",
+    shown = table("stage", "library", "its name", "index", "channels × height × width", "stride", "native norm",
                    "border", "largest relative difference")  # fmt: skip
     for name in result.stages:
         for column in result.columns:
@@ -202,8 +226,8 @@ def comparison(result: Comparison) -> None:
                 told = same if cell.difference is None else "equal" if not cell.difference else f"{cell.difference:.1e}"
                 row = (name, column.library, cell.called, "-" if cell.place is None else cell.place,
                        shape_text(cell.shape), f"{cell.stride:g}", cell.norm or "none", cell.padding, told)  # fmt: skip
-                table.add_row(*(plain(part) for part in row))
-    console.print(table)
+                shown.add_row(*(plain(part) for part in row))
+    console.print(shown)
     for column in result.columns:
         told = f"{column.library}: {column.model or '-'}"
         if column.reason:
@@ -224,12 +248,12 @@ def models(found: Sequence[Mapping[str, Any]]) -> None:
         names = (model["name"], model["alias"], model["provider"], model["family"] or "")
         rows.append((*names, parameters, stride, ", ".join(weights)))
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    out = _console(stderr=False)
+    out = open_console(stderr=False)
     for number, row in enumerate(rows):
         left = "  ".join(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False))
         right = "  ".join(cell.rjust(width) for cell, width in zip(row[4:6], widths[4:], strict=False))
         out.out(f"{left}  {right}  {row[6]}".rstrip(), style="bold" if number == 0 else None)
-    stderr = _console(stderr=True)
+    stderr = open_console(stderr=True)
     if any(model["here"] for model in found):
         stderr.print(plain("* on this machine"))
     for name in sorted({model["provider"] for model in found if not model["installed"]}):
@@ -240,7 +264,7 @@ def info(file: FeatureFile) -> None:
     """`bbx info`, on stdout."""
     from bbx.store import size_text
 
-    console = _console(stderr=False)
+    console = open_console(stderr=False)
     run, counts = file.run, file.counts
     grid = Table.grid(padding=(0, 2))
     grid.add_row("file", plain(f"{file.path}  {size_text(file.nbytes)}"))
@@ -256,14 +280,15 @@ def info(file: FeatureFile) -> None:
     if run.config:
         grid.add_row("config", plain(run.config))
     for attempt in file.attempts:
-        facts = ", ".join(f"{name} {attempt[name]}" for name in ("time", "host", "device") if name in attempt)
+        known = ("time", "end", "host", "device", "unreadable")
+        facts = ", ".join(f"{name} {attempt[name]}" for name in known if attempt.get(name))
         grid.add_row("start", plain(facts))
     console.print(grid)
-    table = _table("stage", "shape", "stride", "module")
+    shown = table("stage", "shape", "stride", "module")
     for stage in file.stages.values():
         cells = (stage.name, shape_text((len(file), *stage.shape)), f"{stage.stride:g}", stage.module)
-        table.add_row(*(plain(cell) for cell in cells))
-    console.print(table)
+        shown.add_row(*(plain(cell) for cell in cells))
+    console.print(shown)
     _failures(console, file.failed, counts.failed, "bbx info --json lists all")
 
 
@@ -279,12 +304,21 @@ def shape_text(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def _table(*headers: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def table(*headers: str) -> Table:
+    """An empty table with these columns, numbers to the right."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
     for header in headers:
-        numeric = header in ("index", "channels", "stride", "bytes per image", "parameters")
-        table.add_column(header, justify="right" if numeric else "left", no_wrap=header in ("name", "stage"))
-    return table
+        numeric = header in _NUMERIC
+        made.add_column(header, justify="right" if numeric else "left", no_wrap=header in ("name", "stage"))
+    return made
+
+
+def grid_of(lines: Iterable[tuple[str, str]]) -> Table:
+    """Words beside what they name."""
+    grid = Table.grid(padding=(0, 2))
+    for word, text in lines:
+        grid.add_row(word, plain(text))
+    return grid
 
 
 def _lines(text: str) -> Text:

@@ -48,8 +48,10 @@ class Plan:
 
     @property
     def needed_nbytes(self) -> int:
-        """Bytes of disk that are not yet taken: all of a new run's rows, none of a resumed one's."""
-        return len(self.images) * self.run.row_nbytes if self.target.state == "new" else 0
+        """Bytes of disk not yet taken: all of a new run's rows, none of a resumed one's; and those of a packed copy."""
+        whole = len(self.images) * self.run.row_nbytes
+        packed = whole if self.compress != "none" and self.target.state != "complete" else 0
+        return packed + (whole if self.target.state == "new" else 0)
 
     def check_disk(self) -> None:
         """Raises `StartError` when the disk cannot hold the features."""
@@ -136,9 +138,7 @@ def attempt(plan: Plan) -> dict[str, object]:
     return {
         "device": f"{plan.device} ({name})",
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
-        "command": shlex.join(sys.argv),
-        "cwd": str(Path.cwd()),
-        "revision": revision(),
+        **command_facts(),
         "weights": plan.run.weights,
         "roots": [str(Path(root).absolute()) for root in plan.images.roots[:8]],
         "batch_size": plan.batch_size,
@@ -146,6 +146,11 @@ def attempt(plan: Plan) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "deterministic": plan.deterministic,
     }
+
+
+def command_facts() -> dict[str, object]:
+    """What was typed, where, and with which bbx."""
+    return {"command": shlex.join(sys.argv), "cwd": str(Path.cwd()), "revision": revision()}
 
 
 def revision() -> str | None:

@@ -148,12 +148,22 @@ def extract(
     summary = Summary(path, len(found), done=target.done)
     for key, reason in _failed_before(target).items():
         summary.add_failure(key, reason)
+    if target.state == "complete" and compress != "none" and not _is_packed(path):
+        summary.notes.append(
+            f"{path} is complete as it is: bbx merge {path} -o packed.h5 --compress {compress} packs it"
+        )
     if not dry_run and target.state != "complete":
         with FeatureWriter.open(
-            path, run, found.keys, attempt=attempt(plan), mode=mode, retry_failed=retry_failed
-        ) as writer:
+            path, run, found.keys, attempt=attempt(plan), mode=mode, retry_failed=retry_failed, compress=compress,
+            stop=stop,
+        ) as writer:  # fmt: skip
             run_loop(plan, writer, writer.pending, summary, on_error=on_error, progress=progress, stop=stop)
     return summary
+
+
+def _is_packed(path: Path) -> bool:
+    with FeatureFile(path) as file:
+        return file.packed
 
 
 def run_of(backbone: Backbone, *, dtype: Dtype, pool: Pool, source: str = "") -> RunSpec:

@@ -15,13 +15,16 @@ from PIL import Image
 import bbx.providers
 
 # What is installed besides the core. CI runs the suite without them, then with all: there, none may be missing.
-EXTRAS = [name for name in ("timm", "transformers") if find_spec(name)]
-if os.environ.get("BBX_TEST_EXTRAS") and len(EXTRAS) < 2:
+ALL = ("timm", "transformers", "zarr", "pyarrow", "isal")
+EXTRAS = [name for name in ALL if find_spec(name)]
+if os.environ.get("BBX_TEST_EXTRAS") and len(EXTRAS) < len(ALL):
     raise RuntimeError(f"BBX_TEST_EXTRAS is set, but only {EXTRAS} are installed")
 # Modules about a library that is not there; `test_auto` and the rest name their models by EXTRAS.
 _NEEDS = {
     "timm": ["test_timm*.py", "test_transplant.py"],
     "transformers": ["test_transformers*.py", "test_processor.py", "test_transplant.py"],
+    "zarr": ["test_export_zarr.py"],
+    "pyarrow": ["test_export_parquet.py"],
 }
 collect_ignore_glob = [pattern for name, patterns in _NEEDS.items() if name not in EXTRAS for pattern in patterns]
 

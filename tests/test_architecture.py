@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent / "bbx"
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"reports"},
     {"console", "facts"},
     {"runner", "show", "plots", "dataset", "auto", "image_processor", "compare", "verify", "export"},
     {"loop"},
@@ -33,7 +34,7 @@ HEAVY = {
     "store": {"h5py", "numpy"}, "runner": {"torch", "numpy"}, "plan": {"torch"}, "loop": {"torch", "numpy"},
     "rebuild": set(), "skip": set(), "pictures": set(), "verify": {"numpy"}, "diff": {"numpy"}, "export": {"numpy"}, "dataset": {"torch", "numpy"},
     "show": {"numpy"},
-    "plots": {"numpy", "matplotlib"}, "console": {"rich"}, "facts": set(), "cli": {"typer"}, "__main__": set(),
+    "plots": {"numpy", "matplotlib"}, "console": {"rich"}, "reports": {"rich"}, "facts": set(), "cli": {"typer"}, "__main__": set(),
     "compare": {"torch"}, "transplant": {"torch"}, "assembly": {"torch"}, "roles": {"torch"}, "recipe": set(),
     "providers.timm": {"torch", "timm"}, "providers.timm_forward": {"torch"},
     "providers.timm_weights": {"torch", "timm"},

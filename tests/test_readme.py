@@ -9,11 +9,11 @@ import pytest
 
 from bbx import cli
 from bbx.providers import load_structure
-from tests.conftest import EXTRAS, SAMPLES
+from tests.conftest import ALL, EXTRAS, SAMPLES
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 # What needs the extras is run where they are installed: in CI's second pass.
-RUNNABLE = TEXT if len(EXTRAS) == 2 else re.sub(r"<!-- extras -->.+?<!-- /extras -->", "", TEXT, flags=re.DOTALL)
+RUNNABLE = TEXT if len(EXTRAS) == len(ALL) else re.sub(r"<!-- extras -->.+?<!-- /extras -->", "", TEXT, flags=re.DOTALL)
 COMMANDS = re.findall(r"^\$ bbx (.+)$", RUNNABLE, re.MULTILINE)
 BLOCKS = re.findall(r"```python\n(.+?)```", RUNNABLE, re.DOTALL)
 TABLE_MODELS = (

@@ -2,7 +2,9 @@
 
 from bbx.store.disk import check_room, size_text
 from bbx.store.format import Counts
+from bbx.store.merge import Merged, merge
 from bbx.store.reader import FeatureFile, RowError, StageView, open_finished_or_partial
+from bbx.store.sources import Names
 from bbx.store.target import Target, check_target
 from bbx.store.writer import FeatureWriter
 
@@ -10,11 +12,14 @@ __all__ = [
     "Counts",
     "FeatureFile",
     "FeatureWriter",
+    "Merged",
+    "Names",
     "RowError",
     "StageView",
     "Target",
     "check_room",
     "check_target",
+    "merge",
     "open_finished_or_partial",
     "size_text",
 ]

@@ -122,6 +122,11 @@ class FeatureFile:
         return [format.decode_attempt(slot.tobytes(), sealed=self.sealed) for slot in slots if slot[0]]
 
     @property
+    def packed(self) -> bool:
+        """Whether the features are compressed, or lie in other files: not one plain piece per stage."""
+        return any(column.offset is None for column in self._access.facts.columns.values())
+
+    @property
     def sealed(self) -> bool:
         """Whether every row has a seal and its input's facts; files of format 1.0 have neither."""
         return self._access.facts.sealed

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from bbx.errors import BbxError, FileError, UsageError
 from bbx.spec import RunSpec, run_digest
-from bbx.store import disk, format
+from bbx.store import disk, format, virtual
 from bbx.store.format import Column
 
 _BLOCK = 16_384
@@ -349,16 +349,52 @@ def _check_chunks(data: h5py.Dataset, plan: h5py.h5p.PropDCID, nbytes: int, size
 
 
 def _check_sources(data: h5py.Dataset, path: Path) -> None:
-    """Every source of a virtual dataset is itself a checked file in the same folder, holding the same stage."""
+    """Every row of a virtual dataset is still the one that was merged, by the mark and checksum that this file has.
+
+    It lies in a checked file of the same run, beside or below `path`, that takes no rows from elsewhere itself.
+    """
     folder = path.resolve().parent
-    name = data.name.strip("/")
-    for source in {(source.file_name, source.dset_name) for source in data.virtual_sources()}:
-        place = (folder / source[0]).resolve()
-        if folder not in place.parents:
-            raise FileError(f"{data.name} takes rows from {source[0]!r}, outside the folder of {path}")
-        opened = open_checked(place)
-        opened.close()
-        if source[1].strip("/") != name or name not in opened.facts.columns:
-            raise FileError(
-                f"{data.name} takes rows from {source[1]!r} of {source[0]!r}, which is no stage of that name"
-            )
+    stage = data.name.strip("/")
+    run = RunSpec.from_json(data.file[format.RUN][()].decode())
+    # Both are plain columns that were checked before.
+    marks, sums = data.file[format.STATUS][()], data.file[format.checksum_name(stage)][()]
+    found = np.zeros(len(marks), bool)
+    pieces = virtual.pieces(data)
+    for name in dict.fromkeys(piece.name for piece in pieces):
+        place = virtual.place(folder, name)
+        if place == path.resolve():
+            raise FileError(f"{data.name} takes rows from its own file")
+        # HDF5 looks beside the name that it was given, which may be a link from another folder.
+        if path.parent.resolve() != folder and (path.parent / name).exists():
+            raise FileError(f"{data.name} takes rows from {name!r}, which lies beside the link {path} too")
+        opened = open_checked(place, allow_virtual=False)
+        try:
+            _check_same_run(opened.facts.run, run, stage, place)
+            for piece in pieces:
+                if piece.name != name:
+                    continue
+                here = slice(piece.at, piece.at + piece.count)
+                last = piece.first + piece.count
+                if last > opened.facts.rows or piece.rows not in (0, opened.facts.rows):
+                    raise FileError(f"{place} has {opened.facts.rows} rows, and had {last} or more when it was merged")
+                same = opened.rows(format.STATUS, piece.first, piece.count) == marks[here]
+                same &= opened.rows(format.checksum_name(stage), piece.first, piece.count) == sums[here]
+                if not same.all():
+                    row = piece.first + int(np.argmin(same))
+                    raise FileError(f"row {row} of {place} is another one than was merged", "merge the files again")
+                found[here] = True
+        finally:
+            opened.close()
+    lost = np.flatnonzero((marks == format.DONE) & ~found)
+    if len(lost):
+        raise FileError(f"{data.name} takes row {lost[0]} from no file")
+
+
+def _check_same_run(there: RunSpec, here: RunSpec, stage: str, place: Path) -> None:
+    """`stage` of a source is the one that was merged, computed in the same way."""
+    differences = replace(here, stages=()).differences(replace(there, stages=()))
+    for name, mine, theirs in differences:
+        raise FileError(f"{place} belongs to another run: {name} is {theirs} there and {mine} here")
+    wanted = next(one for one in here.stages if one.name == stage)
+    if wanted not in there.stages:
+        raise FileError(f"{place} has no stage {stage} like the one that was merged", "merge the files again")

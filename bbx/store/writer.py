@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import StartError, UsageError, WriteError
-from bbx.spec import InputFile, Mode, RunSpec
+from bbx.spec import Compress, InputFile, Mode, RunSpec
 from bbx.store import disk, format, lock, skeleton, trust
 from bbx.store.commit import Committer, failed, runs
+from bbx.store.compress import Stop, pack
 from bbx.store.format import Column, Counts
 from bbx.store.target import Target, check_target, output_path, partial_path
 
@@ -41,11 +42,15 @@ class FeatureWriter:
         attempt: Mapping[str, object],
         *,
         retry_failed: bool,
+        compress: Compress,
+        stop: Stop | None,
     ) -> None:
         self.path = target.path
         self.run = run
         self._keys = keys
         self._attempt = attempt
+        self._compress = compress
+        self._stop = stop
         self._partial = partial_path(target.path)
         self._held = held
         self._pid = os.getpid()
@@ -87,11 +92,14 @@ class FeatureWriter:
         attempt: Mapping[str, object] | None = None,
         mode: Mode = "auto",
         retry_failed: bool = False,
+        compress: Compress = "none",
+        stop: Stop | None = None,
     ) -> FeatureWriter:
         """Begin `run` over the images `keys` at `path`, or go on with it, as `check_target` says.
 
         `attempt` is recorded in the file as this start's time, host, device, versions and the like. `retry_failed`:
-        failed rows are pending again; a finished file is `.partial` again until they are done. Raises what
+        failed rows are pending again; a finished file is `.partial` again until they are done. `compress`: how the
+        finished file is packed; `stop` is then asked now and again for a signal number to stop at. Raises what
         `check_target` does, and `StartError` where another process writes there or the disk has too little room.
         """
         out = output_path(path)
@@ -105,7 +113,7 @@ class FeatureWriter:
                 elif target.reopen:
                     out.replace(partial_path(out))
                     disk.sync_folder(out.parent)
-                return cls(target, held, run, keys, start, retry_failed=retry_failed)
+                return cls(target, held, run, keys, start, retry_failed=retry_failed, compress=compress, stop=stop)
             except BaseException:
                 held.release()
                 raise
@@ -202,6 +210,9 @@ class FeatureWriter:
                 f"{self.path} was made by another program meanwhile, and is left alone",
                 f"the features are complete in {self._partial}: mv them where you want them",
             )
+        if self._compress != "none":
+            pack(self._partial, self.path, stop=self._stop)
+            return
         self._partial.replace(self.path)
         disk.sync_folder(self.path.parent)
 

@@ -1,0 +1,95 @@
+"""The Typer application that the commands register with, and what several of them share: options and small parsers."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bbx.errors import UsageError
+from bbx.spec import ExifMode, Norm, ResizeMode
+
+if TYPE_CHECKING:
+    from bbx.backbone import Backbone
+
+EXIT_CODES = (
+    "Exit codes: 0 all rows done · 1 internal error · 2 usage · 3 cannot start, or the disk failed · "
+    "4 finished, some rows failed (verify: are damaged; diff: differ) · 5 all rows failed · "
+    "130/143 interrupted, the same command continues."
+)
+
+app = typer.Typer(
+    help="Feature maps of any vision backbone, stage by stage, from a folder of images into one HDF5 file, and drawn.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="swin-tiny, resnet50, …: see bbx models", metavar="NAME")
+]
+Stages = Annotated[
+    str | None, typer.Option(help="stem,stage2 · 0,-1 · stem..stage2 · all (default: the last)", metavar="LIST")
+]
+Layers = Annotated[str | None, typer.Option(help="Any module paths or globs: 'features.*.norm1'", metavar="LIST")]
+Weights = Annotated[
+    str | None, typer.Option(help="auto, random, a .safetensors/.pth file, or a name (default: auto)", metavar="W")
+]
+Seed = Annotated[int | None, typer.Option(help="Of random weights (default: 0)", metavar="N")]
+Size = Annotated[
+    str | None, typer.Option(help="Input in pixels, 224 or HEIGHTxWIDTH, not the weights' own", metavar="N")
+]
+Resize = Annotated[ResizeMode | None, typer.Option(help="How the picture is fitted to the input (default: crop)")]
+Exif = Annotated[ExifMode | None, typer.Option(help="The orientation tag of photographs (default: apply)")]
+Config = Annotated[
+    str | None, typer.Option(help="A .yaml, .toml or .json file: backbone, neck and head", metavar="FILE")
+]
+NormOption = Annotated[
+    Norm | None, typer.Option("--norm", help="native: what the library's own backbone class gives (default: raw)")
+]
+Tokens = Annotated[bool | None, typer.Option("--tokens", help="A plain ViT's stages as tokens, class token kept")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
+
+
+@app.callback(invoke_without_command=True)
+def common(version: Annotated[bool, typer.Option("--version", help="Print the version")] = False) -> None:
+    """Options of `bbx` itself."""
+    if version:
+        from bbx import __version__
+
+        typer.echo(f"bbx {__version__}")
+        raise typer.Exit
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Only what was typed; the rest is left to the library's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def backbone(model: str | None, config: str | None, *, structure: bool = False, **options: Any) -> Backbone:
+    if config is None:
+        from bbx.providers import load_backbone, load_structure
+
+        return load_structure(str(model), **options) if structure else load_backbone(str(model), **options)
+    from bbx.assembly import assemble
+
+    if wrong := set(options) & {"weights", "tokens"}:
+        raise UsageError(f"--{wrong.pop()} does not go with --config", "the configuration says the weights")
+    return assemble(config, model=model or "", structure=structure, **options)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:[x×,](\d+))?", text.strip().lower())
+    if not match:
+        raise UsageError(f"--size {text!r} is no size", "pixels, such as 224, or HEIGHTxWIDTH, such as 224x320")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def print_json(data: object) -> None:
+    typer.echo(json.dumps(data))

@@ -1,0 +1,129 @@
+"""`bbx extract`: a call of `bbx.extract`, with its plan, progress and summary told."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bbx.cli.app import (
+    EXIT_CODES,
+    Config,
+    Exif,
+    Json,
+    Layers,
+    Model,
+    NormOption,
+    Quiet,
+    Resize,
+    Seed,
+    Size,
+    Stages,
+    Tokens,
+    Weights,
+    app,
+    given,
+    parse_size,
+    print_json,
+)
+from bbx.cli.signals import signals
+from bbx.spec import Compress, Dtype, Mode, OnError, Pool, Precision
+
+if TYPE_CHECKING:
+    from bbx.plan import Plan
+
+
+@app.command(epilog=EXIT_CODES)
+def extract(
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Folders, files, globs, @list.txt, or - for paths on stdin")
+    ] = None,
+    model: Model = None,
+    config: Config = None,
+    stages: Stages = None,
+    layers: Layers = None,
+    weights: Weights = None,
+    seed: Seed = None,
+    size: Size = None,
+    resize_mode: Resize = None,
+    exif: Exif = None,
+    norm: NormOption = None,
+    tokens: Tokens = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images computed at once (default: 8 on a CPU, 64 elsewhere)", min=1)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Decoding processes (default: one per core)", min=1)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps (default: auto)", metavar="D")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="On disk (default: float32)")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="In computing (default: float32)")] = None,
+    pool: Annotated[Pool | None, typer.Option(help="Store a vector per stage instead of a map (default: none)")] = None,
+    like: Annotated[
+        str | None, typer.Option(help="As this feature file was made, in all that is not said here", metavar="FILE")
+    ] = None,
+    skip_in: Annotated[
+        str | None,
+        typer.Option(help="Only images that this feature file does not hold, or not as they are", metavar="FILE"),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="The feature file (default: features.h5)")
+    ] = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="auto resumes the same run, refuses another's file (default: auto)")
+    ] = None,
+    retry_failed: Annotated[
+        bool | None, typer.Option("--retry-failed", help="Compute the failed rows of the output again")
+    ] = None,
+    compress: Annotated[Compress | None, typer.Option(help="Pack the finished file (default: none)")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="The same bits each time, also after a kill")
+    ] = None,
+    image_timeout: Annotated[
+        float | None, typer.Option(help="Seconds that one image may take (default: 60.0)", metavar="S")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Of the largest image to decode (default: 178956970)", metavar="N")
+    ] = None,
+    digest: Annotated[
+        bool | None, typer.Option("--digest/--no-digest", help="Record each image file's BLAKE2b (default: yes)")
+    ] = None,
+    on_error: Annotated[
+        OnError | None, typer.Option(help="A bad image: a failed row, or the end (default: skip)")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More of the plan")] = False,
+) -> None:
+    """Extract stem and stages of a backbone for every image into one HDF5 file."""
+    with signals() as stop:  # from here on, for the imports take their time too
+        from bbx import console, facts, runner
+
+        options = given(
+            model=model, config=config, stages=stages, layers=layers, weights=weights, seed=seed, size=parse_size(size),
+            resize_mode=resize_mode,
+            exif=exif, norm=norm, tokens=tokens, batch_size=batch_size, workers=workers, device=device, dtype=dtype,
+            precision=precision,
+            pool=pool, like=like, skip_in=skip_in, output=output, mode=mode, retry_failed=retry_failed,
+            compress=compress, deterministic=deterministic, image_timeout=image_timeout, max_pixels=max_pixels,
+            digest=digest, on_error=on_error,
+        )  # fmt: skip
+        plans: list[Plan] = []
+
+        def on_plan(plan: Plan) -> None:
+            plans.append(plan)
+            if not quiet:
+                console.plan(plan, verbose=verbose)
+
+        with nullcontext() if quiet else console.progress() as progress:
+            summary = runner.extract(images, dry_run=dry_run, on_plan=on_plan, progress=progress, stop=stop, **options)
+    if not quiet and not dry_run:
+        console.summary(summary)
+    if as_json:
+        print_json(facts.of_run(plans[0], summary, dry_run=dry_run))
+    elif not dry_run:
+        typer.echo(os.fsencode(summary.output))  # bytes: a file name need not be text
+    raise typer.Exit(0 if dry_run else summary.exit_code)

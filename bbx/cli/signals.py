@@ -1,0 +1,48 @@
+"""SIGINT and SIGTERM: the first ends the loop after its batch, with all work committed; a second one ends at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+class Signalled(BaseException):
+    """A signal's way out to `main`: no exception, so that nothing between takes it for a bad image or file."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextmanager
+def signals() -> Iterator[Callable[[], int | None]]:
+    """Gives the function that the loop asks after each batch; SIGINT and SIGTERM then end it with all work committed.
+
+    A signal before the loop runs, or a second one, ends at once: that is safe too, only the last batches are lost.
+    """
+    seen: list[int] = []
+    asked = False
+
+    def stop() -> int | None:
+        nonlocal asked
+        asked = True
+        return seen[0] if seen else None
+
+    def handle(signum: int, _frame: FrameType | None) -> None:
+        # Noted first: Python swallows an exception that is raised while a finaliser runs.
+        at_once = bool(seen) or not asked
+        seen.append(signum)
+        if at_once:
+            raise Signalled(signum)
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

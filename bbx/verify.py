@@ -1,0 +1,241 @@
+"""What `bbx verify` does: a feature file checked whole and, on request, some of its rows extracted once more.
+
+The check needs no network and no picture. What is recomputed shows what no checksum can: that a row's features are
+those of its picture, by the model that the file names.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bbx.diff import TOLERANCE, relative_errors
+from bbx.errors import EXIT_SOME_FAILED, StartError, UsageError
+from bbx.pictures import Locate, locate, roots
+from bbx.spec import InputFile, Precision, RunSpec
+from bbx.store import FeatureFile
+from bbx.store.check import Health, Progress, check_file, read_checked
+
+if TYPE_CHECKING:
+    from bbx.backbone import Backbone
+    from bbx.images import Decoders
+
+Outcome = Literal["equal", "differs", "missing", "unreadable"]
+
+# What rounding alone may make of a row's largest value, on disk and in computing.
+_FLOAT16 = 2.0**-10
+ROUNDING: dict[Precision, float] = {"float32": 0.0, "tf32": 2.0**-8, "fp16": 2.0**-8, "bf16": 2.0**-5}
+_PACKAGES = ("bbx", "torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """One row, extracted again.
+
+    `errors` are max|a − b| / max|a| per stage, `a` being the stored row, and empty where there was nothing to compare:
+    the picture is `missing` or `unreadable`. `why`: what may explain it, as far as it can be known.
+    """
+
+    row: int
+    key: str
+    outcome: Outcome
+    errors: dict[str, float]
+    why: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a file is worth: its health, and the rows that were recomputed.
+
+    `tolerance` is the largest error that counted as equal. `changes`: what is other than when the file was made, such
+    as a library's version.
+    """
+
+    health: Health
+    recomputed: tuple[Recomputed, ...]
+    tolerance: float
+    changes: tuple[str, ...]
+
+    @property
+    def differing(self) -> tuple[Recomputed, ...]:
+        """The recomputed rows that are not equal, or could not be compared."""
+        return tuple(row for row in self.recomputed if row.outcome != "equal")
+
+    @property
+    def exit_code(self) -> int:
+        """0 all good, 4 something is damaged, or a row that was to be recomputed is not confirmed."""
+        return 0 if self.health.sound and not self.differing else EXIT_SOME_FAILED
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    recompute: int = 0,
+    root: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    weights: str | None = None,
+    device: str = "auto",
+    tolerance: float = TOLERANCE,
+    progress: Progress | None = None,
+    on_row: Callable[[Recomputed], None] | None = None,
+) -> Verdict:
+    """Check the feature file at `path`, or its `.partial`; extract `recompute` of its rows, chosen by `seed`, again.
+
+    `root` is the folder that the keys are relative to; without it the recorded one counts where it lies in the current
+    folder or in the file's. `weights` says where the recorded weights are now, if elsewhere. `tolerance` is of a row's
+    largest value, and at least what the file's own dtype and precision round to. `progress` hears of the check,
+    `on_row` of each row that was recomputed.
+
+    Raises `FileError` for what is no feature file, `StartError` where the pictures cannot be found, `WeightsError`
+    where the recorded weights cannot be had, `UsageError`.
+    """
+    if recompute < 0 or not tolerance >= 0:
+        raise UsageError("--recompute and --tolerance cannot be negative", "--recompute 20 extracts 20 rows again")
+    if not recompute:
+        return Verdict(check_file(path, progress=progress), (), tolerance, ())
+    with FeatureFile(path, partial=not Path(path).exists()) as file:
+        if not roots(file, root):
+            raise StartError(f"the pictures of {path} cannot be found", "name their folder with --root FOLDER")
+        # Before the check, which may take long: what cannot be recomputed is said at once.
+        backbone = _backbone(file, weights, device)
+        health = check_file(path, progress=progress)
+        limit = max(tolerance, ROUNDING[file.run.precision], _FLOAT16 if file.run.dtype == "float16" else 0.0)
+        again = _Again(file, backbone, locate(file, root), limit)
+        found = []
+        for row in again.rows(_chosen(file, recompute, seed)):
+            found.append(row)
+            if on_row:
+                on_row(row)
+        return Verdict(health, tuple(found), limit, tuple(_changes(file, device=_device_of(backbone))))
+
+
+def _chosen(file: FeatureFile, count: int, seed: int) -> list[int]:
+    done = file.done
+    places = random.Random(seed).sample(range(len(done)), min(count, len(done)))
+    return [int(done[place]) for place in sorted(places)]
+
+
+def _backbone(file: FeatureFile, weights: str | None, device: str) -> Backbone:
+    from bbx.plan import find_device
+    from bbx.rebuild import rebuild
+
+    where = find_device(device)
+    return rebuild(file.run, weights=weights, near=file.path).to(where, precision=file.run.precision)
+
+
+class _Again:
+    """The extraction of single rows, and its comparison with what is stored."""
+
+    def __init__(self, file: FeatureFile, backbone: Backbone, find: Locate, limit: float) -> None:
+        self._file = file
+        self._backbone = backbone
+        self._find = find
+        self._limit = limit
+
+    def rows(self, rows: Sequence[int]) -> Iterator[Recomputed]:
+        """Each row, as it is done."""
+        from bbx.images import Decoders, DecodeSettings
+
+        with Decoders(1, DecodeSettings(self._file.run.preprocess)) as decoders:
+            for row in rows:
+                yield self._row(row, decoders)
+
+    def _row(self, row: int, decoders: Decoders) -> Recomputed:
+        key, path = self._file.keys[row], self._find(row)
+        if path is None:
+            return Recomputed(row, key, "missing", {}, ("the picture is not there any more",))
+        pixels = np.zeros((1, *self._file.run.preprocess.size, 3), _cell_dtype(self._file.run))
+        answer = decoders.submit(os.fspath(path), pixels[0]).result()
+        changed = _changed(self._file.inputs([row])[0], answer.file)
+        if answer.reason:
+            return Recomputed(row, key, "unreadable", {}, (answer.reason, *changed))
+        errors, damaged = self._compare(row, self._maps(pixels))
+        equal = all(error <= self._limit for error in errors.values())
+        return Recomputed(row, key, "equal" if equal else "differs", errors, (*damaged, *changed))
+
+    def _maps(self, pixels: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """`(1, h, w, 3)` → each stage's row as it would be stored, `(1, *shape)`."""
+        import torch
+
+        from bbx.backbone import normalise
+        from bbx.loop import pooled
+
+        run = self._file.run
+        with torch.inference_mode():
+            batch = torch.from_numpy(pixels).to(_device_of(self._backbone))
+            maps = self._backbone(normalise(batch, self._backbone.preprocess))
+            made = {name: pooled(tensor.float(), run.pool).cpu() for name, tensor in maps.items()}
+        return {name: (tensor.half() if run.dtype == "float16" else tensor).numpy() for name, tensor in made.items()}
+
+    def _compare(self, row: int, maps: dict[str, NDArray[Any]]) -> tuple[dict[str, float], list[str]]:
+        errors, why = {}, []
+        for name, stage in self._file.stages.items():
+            stored, good = read_checked(self._file._access, name, np.array([row]))
+            if not good[0]:
+                why.append(f"its stored {name} is damaged")
+            if name in maps and maps[name].shape == stored.shape:
+                errors[name] = float(relative_errors(stored.reshape(1, -1), maps[name].reshape(1, -1))[0])
+            else:
+                errors[name] = math.inf
+                why.append(f"the model gives no {name} of shape {stage.shape} any more")
+        return errors, why
+
+
+def _cell_dtype(run: RunSpec) -> np.dtype[Any]:
+    if not run.preprocess.processor:
+        return np.dtype(np.uint8)
+    from bbx.processor import cell_dtype
+
+    return cell_dtype(run.preprocess)
+
+
+def _device_of(backbone: Backbone) -> str:
+    parameter = next(backbone.network.parameters(), None)
+    return "cpu" if parameter is None else str(parameter.device)
+
+
+def _changed(before: InputFile, now: InputFile) -> tuple[str, ...]:
+    """How a picture's file differs from the one that was read, as far as that is recorded."""
+    if before == InputFile():
+        return ()
+    if before.digest and now.digest:
+        if before.digest == now.digest:
+            return ()
+        return (f"the picture's content changed since: it had {before.nbytes} bytes, and has {now.nbytes}",)
+    if before.nbytes != now.nbytes:
+        return (f"the picture's file changed since: it had {before.nbytes} bytes, and has {now.nbytes}",)
+    if before.mtime_ns != now.mtime_ns:
+        return ("the picture's file was written again since, with the same size",)
+    return ()
+
+
+def _changes(file: FeatureFile, *, device: str) -> Iterator[str]:
+    """What computes now, against what computed at the last start; files are not trusted to say any of it."""
+    last = file.attempts[-1] if file.attempts else {}
+    recorded = last.get("versions")
+    versions: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    for name in ("python", *_PACKAGES):
+        if name in versions and versions[name] != (now := _version(name)):
+            yield f"{name} was {str(versions[name])[:40]} and is {now}"
+    before = str(last.get("device", "")).partition(" ")[0]
+    if before and before.partition(":")[0] != device.partition(":")[0]:
+        yield f"the features were computed on {before[:40]}, and now on {device}"
+
+
+def _version(name: str) -> str:
+    if name == "python":
+        return platform.python_version()
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
