@@ -1,5 +1,5 @@
 """`python -m bbx`, the same as `bbx`."""
 
-from bbx.cli import main
+from bbx.cli import run
 
-main()
+run()

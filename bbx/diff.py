@@ -208,9 +208,13 @@ class _Ledger:
         rows = equal = beyond = 0
         total, worst, least = 0.0, (-1.0, ""), (2.0, "")
         for places, mine, theirs in self._blocks(name):
-            errors, angles = relative_errors(mine, theirs), cosines(mine, theirs)
+            alike = _equal(mine, theirs)
+            errors, angles = np.zeros(len(places)), np.ones(len(places))
+            if not alike.all():  # the usual row is equal, and comparing bytes is ten times as fast
+                errors[~alike] = relative_errors(mine[~alike], theirs[~alike])
+                angles[~alike] = cosines(mine[~alike], theirs[~alike])
             rows += len(places)
-            equal += _equal(mine, theirs)
+            equal += int(alike.sum())
             far = np.flatnonzero(errors > self._tolerance)
             beyond += len(far)
             total += float(errors.sum())
@@ -263,11 +267,12 @@ def _named(file: FeatureFile, rows: Iterable[int] | NDArray[np.int64]) -> Named:
     return Named(len(places), tuple(file.keys[row] for row in places[:_NAMED]))
 
 
-def _equal(mine: NDArray[Any], theirs: NDArray[Any]) -> int:
-    """How many rows are the same bits, or where the types differ, the same values."""
+def _equal(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which rows are the same bits, or where the types differ, the same values, `(k,)`."""
     if mine.dtype == theirs.dtype:
-        return int((mine.view(np.uint8) == theirs.view(np.uint8)).all(axis=1).sum())
-    return int(((mine == theirs) | (np.isnan(mine) & np.isnan(theirs))).all(axis=1).sum())
+        return np.array([one.tobytes() == other.tobytes() for one, other in zip(mine, theirs, strict=True)], bool)
+    same: NDArray[np.bool_] = ((mine == theirs) | (np.isnan(mine) & np.isnan(theirs))).all(axis=1)
+    return same
 
 
 def _unlike_starts(mine: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:

@@ -233,7 +233,7 @@ class _Compute:
                 f"{self._plan.device} has too little memory for one image of {self._plan.run.model}",
                 "choose another --device, a smaller --size, or end what else uses its memory",
             )
-        self._most = count // 2
+        self._most = -(-count // 2)
         self._summary.notes.append(
             f"{self._plan.device} is out of memory with {count} images at once: on with {self._most} (--batch-size)"
         )

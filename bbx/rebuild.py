@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,12 @@ def config_of(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapp
     return None if config is None else read_config(config)
 
 
-def request_of(run: RunSpec, near: str | os.PathLike[str] | None = None) -> Request:
+def request_of(run: RunSpec, near: str | os.PathLike[str] | None = None, *, instead: Collection[str] = ()) -> Request:
     """How the backbone of `run` was asked for.
 
     A path of weights or of a saved model is data from a file: it counts only below the current folder, or below that
-    of `near`, the feature file. Raises `WeightsError`, `FileError`.
+    of `near`, the feature file, unless the caller has its own `instead`: arguments that are not taken from the file.
+    Raises `WeightsError`, `FileError`.
     """
     if not run.source:
         seed = _RANDOM.fullmatch(run.weights)
@@ -88,7 +89,7 @@ def request_of(run: RunSpec, near: str | os.PathLike[str] | None = None) -> Requ
     if not right:
         raise FileError("the file does not say how its model was asked for", "name --model and --weights yourself")
     for option, text in (("--model", request.model), ("--weights", request.weights)):
-        if Path(text).is_absolute() and not _is_near(Path(text), near):
+        if Path(text).is_absolute() and option[2:] not in instead and not _is_near(Path(text), near):
             raise WeightsError(
                 f"the file names {text}, which lies neither below the current folder nor below the file's",
                 f"a path from a file is not followed; if you trust it: {option} {text}",
@@ -108,7 +109,7 @@ def rebuild(
     `weights` says where they are now, `near` is the feature file (`request_of`). Raises `WeightsError` with both
     digests where the weights are not those of the file, and what loading a model raises.
     """
-    request = request_of(run, near)
+    request = request_of(run, near, instead=("weights",) if weights else ())
     request = replace(request, weights=weights) if weights else request
     names = None if stages is None else set(stages)
     chosen, layers = stages_of(run, names)
@@ -134,11 +135,11 @@ def stages_of(run: RunSpec, names: Iterable[str] | None = None) -> tuple[list[st
     return chosen or None, [stage.module for stage in wanted if stage.index is None]
 
 
-def options_of(path: str | os.PathLike[str]) -> tuple[RunSpec, dict[str, Any]]:
-    """The run of a feature file, and the arguments of `extract` that make one like it."""
+def options_of(path: str | os.PathLike[str], given: Collection[str]) -> tuple[RunSpec, dict[str, Any]]:
+    """The run of a feature file, and the arguments of `extract` that make one like it, but for those `given`."""
     with open_finished_or_partial(path) as file:
         run = file.run
-    request = request_of(run, path)
+    request = request_of(run, path, instead=given)
     stages, layers = stages_of(run)
     told = {item.name: getattr(request, item.name) for item in fields(Request)}
     return run, {

@@ -188,7 +188,7 @@ def _options(given: dict[str, Any], like: str | os.PathLike[str] | None) -> tupl
     """What to do: as `given`, else as the file `like` was made, whose run comes along, else as usual."""
     if like is None:
         return None, USUAL | given
-    run, recorded = options_of(like)
+    run, recorded = options_of(like, given)
     # One word of the user stands for several of the file's.
     for words in ({"stages", "layers"}, {"model", "config"}):
         if words & set(given):

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from bbx import plots
 from bbx.errors import ImageError, StartError, UsageError
 from bbx.images import read_image
-from bbx.spec import Scale
+from bbx.pictures import locate
+from bbx.spec import Preprocess, Scale
 from bbx.stages import select_stages
 from bbx.store import FeatureFile, open_finished_or_partial
 
@@ -76,9 +77,10 @@ def from_file(
     with open_finished_or_partial(path) as file:
         names = select_stages(list(file.stages), stages)
         rows = _rows(file, images, tell)
-        roots = [Path(root)] if root else _recorded_roots(file)
+        find = locate(file, root)
         for row in rows:
-            picture = _picture(file, row, roots)
+            file.check_row(row, names)
+            picture = _picture(find(row), file.run.preprocess)
             if picture is None and row == rows[0]:
                 tell(f"the picture of {file.keys[row]} is not drawn: name its folder with --root")
             maps = {name: file[name][row] for name in names}
@@ -191,7 +193,8 @@ def _rows(file: FeatureFile, images: Sequence[str], tell: Callable[[str], None])
     rows: dict[int, None] = {}
     finished, without = set(done), 0
     for wish in images:
-        found = [row for row, key in enumerate(file.keys) if key == wish or fnmatch.fnmatchcase(key, wish)]
+        found = [row for row, key in enumerate(file.keys) if key == wish]  # a key may look like a glob
+        found = found or [row for row, key in enumerate(file.keys) if fnmatch.fnmatchcase(key, wish)]
         if not found:
             found = [int(wish) if re.fullmatch(r"\d+", wish) and int(wish) < len(file) else file.index(wish)]
         rows.update(dict.fromkeys(row for row in found if row in finished))
@@ -207,30 +210,14 @@ def _rows(file: FeatureFile, images: Sequence[str], tell: Callable[[str], None])
     return list(rows)
 
 
-def _recorded_roots(file: FeatureFile) -> list[Path]:
-    trusted = [Path.cwd().resolve(), Path(file.path).resolve().parent]
-    recorded = [root for attempt in file.attempts for root in _texts(attempt.get("roots"))]
-    resolved = [Path(root).resolve() for root in recorded if "\0" not in root]
-    return [root for root in resolved if any(root.is_relative_to(folder) for folder in trusted)]
-
-
-def _texts(value: object) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-
-def _picture(file: FeatureFile, row: int, roots: Sequence[Path]) -> NDArray[np.uint8] | None:
-    key = file.keys[row]
-    for root in roots:
-        # With several roots a key starts with the last folders of its root's path.
-        for folder in (root, *root.resolve().parents)[: key.count("/") + 1]:
-            try:
-                path = (folder / key).resolve()
-                if path.is_relative_to(root.resolve()) and path.is_file():
-                    # By bbx's own resize: drawing needs neither transformers' image processor nor torch.
-                    return read_image(path, replace(file.run.preprocess, processor=""))
-            except (OSError, ValueError, ImageError):
-                continue  # no such name, or changed since: the features are still worth drawing
-    return None
+def _picture(path: Path | None, preprocess: Preprocess) -> NDArray[np.uint8] | None:
+    if path is None:
+        return None
+    try:
+        # By bbx's own resize: drawing needs neither transformers' image processor nor torch.
+        return read_image(path, replace(preprocess, processor=""))
+    except ImageError:
+        return None  # changed since: the features are still worth drawing
 
 
 def _file_name(subject: Subject) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from threading import Lock, RLock
 from typing import Any, Literal
@@ -25,8 +25,8 @@ class Tap:
     """Where a stage leaves the network: the output of `module`, in `layout`, at its `calls`-th call.
 
     `tokens` are `(b, prefix + h·w, c)`, of which the first `prefix` (class token, registers) are no part of the map.
-    A `free` tap was asked for by path, not by stage name: its layout is found by measuring, and its output is cloned,
-    since a later in-place operation may write over it.
+    A `free` tap was asked for by path, not by stage name: its layout is found by measuring. A `copied` tap's output is
+    cloned, since a later in-place operation writes over it, as a dry forward showed.
     """
 
     name: str
@@ -35,9 +35,18 @@ class Tap:
     prefix: int = 0
     calls: int = 1
     free: bool = False
+    copied: bool = False
 
 
 _NEVER = "it never runs in a forward"
+
+
+class OverwrittenError(RuntimeError):
+    """The outputs of `names` were written over by later operations: what was caught is no longer the stage."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__(", ".join(sorted(names)))
+        self.names = names
 
 
 class _Stop(Exception):
@@ -54,9 +63,11 @@ def capture(
 ) -> dict[str, Tensor]:
     """Each tap's raw output for `pixels` `(b, 3, h, w)`, in firing order; nothing past the last of them runs.
 
-    `run` is what to call where it is not the network itself; without `stop` it runs to its own end.
+    `run` is what to call where it is not the network itself; without `stop` it runs to its own end. Outside inference
+    mode, where tensors count their changes, `OverwrittenError` says which outputs were changed in place.
     """
     caught: dict[str, Tensor] = {}
+    changes: dict[str, int] = {}
     calls: Counter[str] = Counter()
 
     def hook(tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
@@ -64,7 +75,9 @@ def capture(
             calls[tap.name] += 1
             if calls[tap.name] == tap.calls:
                 tensor = output if isinstance(output, Tensor) else output[0]
-                caught[tap.name] = tensor.clone() if tap.free else tensor
+                caught[tap.name] = tensor = tensor.clone() if tap.free or tap.copied else tensor
+                if not tensor.is_inference():
+                    changes[tap.name] = tensor._version
                 if stop and len(caught) == len(taps):
                     raise _Stop
 
@@ -73,10 +86,10 @@ def capture(
     with ExitStack() as hooks:
         for tap in taps:
             hooks.callback(network.get_submodule(tap.module).register_forward_hook(hook(tap)).remove)
-        try:
+        with suppress(_Stop):
             (run or network)(pixels)
-        except _Stop:
-            return caught
+    if overwritten := {name for name, before in changes.items() if caught[name]._version != before}:
+        raise OverwrittenError(overwritten)
     return caught
 
 
@@ -104,6 +117,7 @@ class LastingTaps:
     def __init__(self, network: nn.Module, taps: Sequence[Tap]) -> None:
         self.caught: dict[str, Tensor] = {}
         self.wanted: tuple[str, ...] = ()
+        self.copied: tuple[str, ...] = ()
         for tap in taps:
             network.get_submodule(tap.module).register_forward_hook(_Keep(self, tap.name))
 
@@ -111,6 +125,7 @@ class LastingTaps:
         """As the function `capture`."""
         caught: dict[str, Tensor] = {}
         self.wanted, self.caught = tuple(tap.name for tap in wanted), caught
+        self.copied = tuple(tap.name for tap in wanted if tap.copied)
         try:
             network(pixels)
         except _Stop:
@@ -128,7 +143,8 @@ class _Keep:
     def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if self.name not in self.taps.wanted:
             return
-        self.taps.caught[self.name] = output if isinstance(output, Tensor) else output[0]
+        tensor = output if isinstance(output, Tensor) else output[0]
+        self.taps.caught[self.name] = tensor.clone() if self.name in self.taps.copied else tensor
         if len(self.taps.caught) == len(self.taps.wanted):
             raise _Stop
 

@@ -241,3 +241,25 @@ def test_lower_precision_computes_lower_and_stays_close():
     assert (exact - lower.float()).abs().max() < 0.02 * exact.abs().max()
     with pytest.raises(UsageError, match="tf32"):
         backbone.to("cpu", precision="tf32")
+
+
+def test_a_stage_is_the_same_whatever_other_stages_are_asked_for():
+    # In the toy, stem and stage1 are both written over by the in-place ReLU on the way to the next one.
+    pixels = torch.randn(2, 3, 32, 32)
+    alone = {name: load_backbone("toy", stages=name)(pixels)[name] for name in ("stem", "stage1", "stage2")}
+    together = load_backbone("toy", stages="all")
+    with torch.inference_mode():
+        maps = together(pixels)
+    assert all(torch.equal(maps[name], alone[name]) for name in alone)
+    assert alone["stage1"].min() < 0
+
+
+def test_compiled_and_uncompiled_stages_agree_where_a_later_layer_writes_over_them():
+    from bbx.taps import LastingTaps
+
+    backbone = load_backbone("toy", stages="all")
+    pixels = torch.randn(2, 3, 32, 32)
+    lasting = LastingTaps(backbone.network, backbone.taps)
+    with torch.no_grad():
+        raw = lasting.capture(backbone.network, backbone._measured[0], pixels)
+        assert all(torch.equal(raw[name], values) for name, values in backbone(pixels).items())

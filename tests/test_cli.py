@@ -338,5 +338,6 @@ def test_the_help_states_the_librarys_defaults():
         if match := re.search(r"\(default: (.+)\)", getattr(option, "help", "") or ""):
             shown[name] = match[1]
             assert item.default is None  # left to the library
-    stated = {name: str(value) for name, value in given.items() if isinstance(value, str | int | float) and value not in (False, True, "")}
+    words = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
+    stated = {name: str(value) for name, value in words.items() if value not in (False, True, "")}
     assert stated.items() <= shown.items()

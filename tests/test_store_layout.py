@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def test_root_attributes_name_format_run_and_rows(file: h5py.File) -> None:
         "row_start": 0,
         "row_stop": 20,
         "rows_total": 20,
+        "bbx_label_crc32": zlib.crc32(f"{RUN.to_json()}\n0 20 20".encode()),
     }
 
 

@@ -15,20 +15,44 @@ from typing import NoReturn
 import typer
 
 from bbx.cli.app import app, print_json
+from bbx.cli.extraction import extract
 from bbx.cli.files import diff, export, merge, verify
 from bbx.cli.look import info, models, show, stages_command
-from bbx.cli.run import extract
+from bbx.cli.shield import READING, shielded
 from bbx.cli.signals import Signalled
 from bbx.errors import BbxError, InterruptedRunError, UsageError, WriteError
 
-__all__ = ["app", "diff", "export", "extract", "info", "main", "merge", "models", "show", "stages_command", "verify"]
+__all__ = [
+    "app",
+    "diff",
+    "export",
+    "extract",
+    "info",
+    "main",
+    "merge",
+    "models",
+    "run",
+    "show",
+    "stages_command",
+    "verify",
+]
 
 _ORDER = (extract, show, stages_command, models, info, verify, diff, merge, export)
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.callback))  # as the help lists them
 
 
-def main() -> None:
-    """The `bbx` command: runs it, prints any error on stderr, exits with its documented code."""
+def run() -> None:
+    """The `bbx` command: as `main`, and proof against files on which HDF5 crashes."""
+    if hasattr(os, "fork") and sys.argv[1:2] and sys.argv[1] in READING:
+        try:
+            shielded(main)
+        except BbxError as problem:
+            _fail(problem)
+    main()
+
+
+def main() -> NoReturn:
+    """Runs the command, prints any error on stderr, exits with its documented code."""
     # A feature file from a stranger must not make HDF5 load a filter plugin; read when h5py is first imported.
     os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
     try:

@@ -93,7 +93,7 @@ def decode(
                 facts = facts_now
     except Exception as error:  # Pillow's plugins raise anything at all on bad data.
         # The text alone leaves: the error would keep the half-decoded image alive.
-        return Decoded(None, _reason(error), facts)
+        return Decoded(None, _reason(error, max_pixels), facts)
     return Decoded(pixels, "", facts)
 
 
@@ -232,7 +232,7 @@ def _centred(image: Image.Image, size: tuple[int, int], fill: tuple[int, int, in
     return canvas
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, max_pixels: int) -> str:
     """What is wrong in plain words: one line of ASCII, the same on every run. Pillow is never told the path."""
     if isinstance(error, ImageError):
         return _one_line(error.message)
@@ -243,8 +243,8 @@ def _reason(error: Exception) -> str:
         return "out of memory while decoding"
     text = str(error) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
-        pixels, limit = [*re.findall(r"\d+", text), "?", "?"][:2]
-        return f"too large ({pixels} pixels, limit {limit})"
+        pixels = [*re.findall(r"\d+", text), "?"][0]
+        return f"too large ({pixels} pixels, limit {max_pixels})"
     if _ENDS_EARLY.search(text):
         detail = re.sub(r"^image file is truncated(?: \((.*)\))?$|^Truncated File Read$", r"\1", text)
         return _one_line(f"truncated ({detail or 'the file ends too early'})")

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,6 +20,9 @@ from PIL import Image
 
 from bbx.images.read import Decoded, decode
 from bbx.spec import InputFile, Preprocess
+
+_MOST_NBYTES_PER_PIXEL = 16
+_ROOM_NBYTES = 1 << 29
 
 
 def main() -> None:
@@ -31,7 +35,9 @@ def main() -> None:
     settings = json.loads(requests.readline())
     preprocess = Preprocess(**{name: _tuple(value) for name, value in settings["preprocess"].items()})
     max_pixels, digest = int(settings["max_pixels"]), bool(settings["digest"])
-    Image.MAX_IMAGE_PIXELS = max(1, -(-max_pixels // 2))  # Pillow's error comes at twice this
+    Image.MAX_IMAGE_PIXELS = max(1, -(-max_pixels // 2))  # Pillow's error comes at twice this; `decode` is exact
+    if not preprocess.processor:  # torch, which some processors need, takes address space as it likes
+        _limit_memory(max_pixels)
     _send(answers, {"ready": True})
     _quiet_stderr()
     while line := requests.readline():
@@ -73,6 +79,17 @@ def _quiet_stderr() -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     os.close(nowhere)
+
+
+def _limit_memory(max_pixels: int) -> None:
+    """What the largest image may take, and no more: decoders of WebP were seen to need 15 bytes per pixel."""
+    if sys.platform.startswith("linux"):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        room = pages * resource.getpagesize() + _MOST_NBYTES_PER_PIXEL * max_pixels + _ROOM_NBYTES
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (room if hard < 0 else min(room, hard), hard))
 
 
 def _die_with_parent() -> None:

@@ -6,6 +6,7 @@ when it is pickled or forked. Contiguous rows are read without HDF5 and its lock
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import FileError, UsageError
-from bbx.store import disk, format, trust
+from bbx.store import disk, format, trust, virtual
 from bbx.store.format import Column
 from bbx.store.target import partial_path
 
@@ -75,6 +76,18 @@ class Access:
         with handle.lock:
             return handle.opened.broken_seals()
 
+    def is_broken(self, row: int, key: bytes) -> bool:
+        """Whether the seal of one row, stored under `key`, does not match."""
+        opened = self._open().opened
+        if not self.facts.sealed:
+            return False
+        return bool(opened.row_facts(row, [key]).seals()[0] != opened.rows(format.SEAL, row, 1)[0])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the file has its final name."""
+        return not self._place().name.endswith(".partial")
+
     def fill(self, column: Column, ranges: Iterable[tuple[int, int]], out: NDArray[Any]) -> None:
         """Read `ranges` of rows, half-open, one after the other into `out`, C-contiguous `(k, *row_shape)`."""
         handle = self._open()
@@ -87,6 +100,10 @@ class Access:
                 else:
                     with handle.lock:
                         handle.opened.file[column.name].read_direct(part, np.s_[first:last])
+                        sums = functools.partial(
+                            handle.opened.rows, format.checksum_name(column.name), first, last - first
+                        )
+                        virtual.refuse_fill(part, sums)
             done += last - first
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is damaged.
+    """One thing that is damaged; `text` says which and how, in a sentence.
 
     `what`: features, checksum, seal, mark, key, reason, start (a recorded start of the run) or metadata (everything
     else). `stage`, `row` and `key` where it concerns one.
@@ -185,10 +185,13 @@ class _Check:
 
     def _add(self, what: str, text: str, *, stage: str | None = None, row: int | None = None) -> None:
         self._total += 1
+        key = None
         if row is not None:
             self._damaged[row] = True
+            key = self._key(row)
+            text = f"row {row}, {key}{f', {stage}' if stage else ''}: {text}"
         if len(self._damage) < DAMAGE_KEPT:
-            self._damage.append(Finding(what, text, stage, row, None if row is None else self._key(row)))
+            self._damage.append(Finding(what, text, stage, row, key))
 
     def _key(self, row: int) -> str:
         data = self._keys[row]

@@ -103,6 +103,11 @@ def columns(run: RunSpec, version: tuple[int, int] = (1, 1)) -> tuple[Column, ..
     )
 
 
+def label(run_text: str, start: int, stop: int, total: int) -> int:
+    """CRC32 of the run as the file has it, labels included, and of its place in the job: what no seal covers."""
+    return zlib.crc32(f"{run_text}\n{start} {stop} {total}".encode())
+
+
 def checksum_name(stage: str) -> str:
     """Name of the dataset that holds the CRC32 of each of the stage's rows."""
     return f"checksum/{stage}"

@@ -34,7 +34,8 @@ _COMMAND = (
 _ATTRIBUTE_NBYTES = 1 << 20
 _NOTED = 20
 # Attributes that say nothing of the run, or that opening the file checks already.
-_BY_VALUE = ("creator", "row_start", "row_stop", "rows_total", "bbx_format_version", "bbx_run_sha256")
+_BY_VALUE = ("creator", "row_start", "row_stop", "rows_total", "bbx_format_version", "bbx_run_sha256",
+             "bbx_label_crc32")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self, overload
@@ -165,6 +165,26 @@ class FeatureFile:
     def broken_seals(self) -> NDArray[np.int64]:
         """The rows, done or failed, whose key, mark, reason, input facts or checksums were changed; int64 ascending."""
         return self._access.broken_seals()
+
+    def check_row(self, row: RowKey, stages: Iterable[str]) -> None:
+        """Raise `FileError` unless the row's seal and its checksums of `stages` hold, `RowError` when it is pending."""
+        place = self._row(row)
+        damaged = [stage for stage in stages if not self.verify_row(stage, place)]
+        if self._access.is_broken(place, format.encode_key(self.keys[place])):
+            damaged.append("seal")
+        if damaged:
+            raise FileError(
+                f"{self.path} is damaged: row {place}, {self.keys[place]!r} ({', '.join(damaged)})",
+                f"bbx verify {self.path} lists all of it",
+            )
+
+    def check_marks(self) -> None:
+        """Raise `FileError` unless every row's seal holds, and no row of a finished file is pending."""
+        hint = f"bbx verify {self.path} lists all of it"
+        if self._access.finished and self.counts.pending:
+            raise FileError(f"{self.path} is damaged: {self.counts.pending} rows of a finished file are pending", hint)
+        if len(broken := self.broken_seals()):
+            raise FileError(f"{self.path} is damaged: the seals of {len(broken)} rows, such as {broken[0]}", hint)
 
     def inputs(self, rows: Sequence[RowKey] | slice = slice(None)) -> list[InputFile]:
         """The image file of each of `rows` as it was when the row was made; all zero in a file of format 1.0."""

@@ -126,6 +126,8 @@ def _check_fits(path: Path, run: RunSpec, keys: Sequence[str], stage_nbytes: int
 
 
 def _root_attributes(file: h5py.File, run: RunSpec, rows: int, part: Part) -> None:
+    stop = part.start + rows
+    total = stop if part.total is None else part.total
     file.attrs.update(
         {
             "NX_class": "NXroot",
@@ -136,8 +138,9 @@ def _root_attributes(file: h5py.File, run: RunSpec, rows: int, part: Part) -> No
             "bbx_run_sha256": run.sha256,
             "coordinates": f"{format.PATH} {format.STATUS}",
             "row_start": np.int64(part.start),
-            "row_stop": np.int64(part.start + rows),
-            "rows_total": np.int64(part.start + rows if part.total is None else part.total),
+            "row_stop": np.int64(stop),
+            "rows_total": np.int64(total),
+            "bbx_label_crc32": np.uint32(format.label(run.to_json(), part.start, stop, total)),
         }
     )
 

@@ -175,10 +175,12 @@ def _inspect(file: h5py.File, fd: int, path: Path, allow_virtual: bool) -> Facts
         _refuse_external_links(file)
         if file.id.get_create_plist().get_sizes() != (8, 8):
             raise FileError(f"{path} does not use 64-bit offsets")
-        run = _run(file, fd)
+        run, text = _run(file, fd)
         start, stop, total = (_whole(file, name) for name in ("row_start", "row_stop", "rows_total"))
         if not 0 <= start < stop <= total:
             raise FileError(f"{path} is damaged: it says it holds rows {start} to {stop} of {total}")
+        if _version(file) >= (1, 1) and _whole(file, "bbx_label_crc32") != format.label(text, start, stop, total):
+            raise FileError("what the file says of itself does not match its own checksum")
         size = os.fstat(fd).st_size
         rows = stop - start
         _check_contiguous(_dataset(file, format.PATH), (rows,), 16 * rows, size)
@@ -278,7 +280,7 @@ def _text_lengths(fd: int, data: h5py.Dataset, count: int) -> NDArray[np.uint32]
     return references["nbytes"]
 
 
-def _run(file: h5py.File, fd: int) -> RunSpec:
+def _run(file: h5py.File, fd: int) -> tuple[RunSpec, str]:
     data = _dataset(file, format.RUN)
     _check_contiguous(data, (), 16, os.fstat(fd).st_size)
     if not _is_text(data) or _text_lengths(fd, data, 1)[0] > format.MAX_RUN_NBYTES:
@@ -292,7 +294,7 @@ def _run(file: h5py.File, fd: int) -> RunSpec:
     # Over the text as it stands, so that a field that a later bbx adds does not make older files look damaged.
     if run_digest(json.loads(text)) != _word(file, "bbx_run_sha256"):
         raise FileError("the run description does not match its own digest")
-    return run
+    return run, text
 
 
 def _check_contiguous(data: h5py.Dataset, shape: tuple[int, ...], nbytes: int, size: int) -> int:
@@ -353,41 +355,51 @@ def _check_sources(data: h5py.Dataset, path: Path) -> None:
 
     It lies in a checked file of the same run, beside or below `path`, that takes no rows from elsewhere itself.
     """
-    folder = path.resolve().parent
-    stage = data.name.strip("/")
     run = RunSpec.from_json(data.file[format.RUN][()].decode())
-    # Both are plain columns that were checked before.
-    marks, sums = data.file[format.STATUS][()], data.file[format.checksum_name(stage)][()]
-    found = np.zeros(len(marks), bool)
-    pieces = virtual.pieces(data)
-    for name in dict.fromkeys(piece.name for piece in pieces):
-        place = virtual.place(folder, name)
-        if place == path.resolve():
-            raise FileError(f"{data.name} takes rows from its own file")
-        # HDF5 looks beside the name that it was given, which may be a link from another folder.
-        if path.parent.resolve() != folder and (path.parent / name).exists():
-            raise FileError(f"{data.name} takes rows from {name!r}, which lies beside the link {path} too")
-        opened = open_checked(place, allow_virtual=False)
+    linked = [one for stage in run.stages if (one := _dataset(data.file, stage.name)).is_virtual]
+    if data.name != linked[0].name:
+        return  # with the first one, all were checked: each source is opened once
+    sources: dict[str, dict[str, list[virtual.Piece]]] = {}
+    for one in linked:
+        stage, rows = one.name.strip("/"), data.file[format.STATUS][()] == format.DONE
+        for piece in virtual.pieces(one):
+            sources.setdefault(piece.name, {}).setdefault(stage, []).append(piece)
+            rows[piece.at : piece.at + piece.count] = False
+        if rows.any():
+            raise FileError(f"{one.name} takes row {np.argmax(rows)} from no file")
+    for name, stages in sources.items():
+        opened = open_checked(_source(path, name), allow_virtual=False)
         try:
-            _check_same_run(opened.facts.run, run, stage, place)
-            for piece in pieces:
-                if piece.name != name:
-                    continue
-                here = slice(piece.at, piece.at + piece.count)
-                last = piece.first + piece.count
-                if last > opened.facts.rows or piece.rows not in (0, opened.facts.rows):
-                    raise FileError(f"{place} has {opened.facts.rows} rows, and had {last} or more when it was merged")
-                same = opened.rows(format.STATUS, piece.first, piece.count) == marks[here]
-                same &= opened.rows(format.checksum_name(stage), piece.first, piece.count) == sums[here]
-                if not same.all():
-                    row = piece.first + int(np.argmin(same))
-                    raise FileError(f"row {row} of {place} is another one than was merged", "merge the files again")
-                found[here] = True
+            for stage, pieces in stages.items():
+                _check_same_run(opened.facts.run, run, stage, opened.path)
+                for piece in pieces:
+                    _check_piece(opened, data.file, stage, piece)
         finally:
             opened.close()
-    lost = np.flatnonzero((marks == format.DONE) & ~found)
-    if len(lost):
-        raise FileError(f"{data.name} takes row {lost[0]} from no file")
+
+
+def _source(path: Path, name: str) -> Path:
+    """Where the source `name` of the virtual file at `path` lies."""
+    folder = path.resolve().parent
+    place = virtual.place(folder, name)
+    if place == path.resolve():
+        raise FileError("rows are taken from the file itself")
+    # HDF5 looks beside the name that it was given, which may be a link from another folder.
+    if path.parent.resolve() != folder and (path.parent / name).exists():
+        raise FileError(f"rows are taken from {name!r}, which lies beside the link {path} too")
+    return place
+
+
+def _check_piece(opened: OpenFile, file: h5py.File, stage: str, piece: virtual.Piece) -> None:
+    """The rows of a source have the marks and checksums that `file` has for them, plain columns checked before."""
+    last = piece.first + piece.count
+    if last > opened.facts.rows or piece.rows not in (0, opened.facts.rows):
+        raise FileError(f"{opened.path} has {opened.facts.rows} rows, and had {last} or more when it was merged")
+    for name in (format.STATUS, format.checksum_name(stage)):
+        same = opened.rows(name, piece.first, piece.count) == file[name][piece.at : piece.at + piece.count]
+        if not same.all():
+            row = piece.first + int(np.argmin(same))
+            raise FileError(f"row {row} of {opened.path} is another one than was merged", "merge the files again")
 
 
 def _check_same_run(there: RunSpec, here: RunSpec, stage: str, place: Path) -> None:

@@ -63,9 +63,11 @@ class FeatureWriter:
             self._columns = opened.facts.columns
             self._attempts = opened.rows(format.ATTEMPTS, 0, format.ATTEMPT_SLOTS)
             status = opened.status()
+            if complete:
+                _remove_packed_source(opened, self._partial)
         finally:
             opened.close()
-        self._retried = retry_failed
+        self._resumed = target.state == "resume"
         failed_rows = np.flatnonzero(status == format.FAILED)[: None if retry_failed and not complete else 0]
         status[failed_rows] = format.PENDING
         self._status = status.copy()
@@ -322,7 +324,7 @@ class FeatureWriter:
         reasons = np.full(len(places), reason, f"S{format.FAILURE_NBYTES}")
         files = format.input_arrays(inputs)
         facts = format.RowFacts(keys, np.full(len(places), status, np.uint8), reasons, *files, sums)
-        if reason or self._retried:
+        if reason or self._resumed:  # an earlier start may have written a reason
             self._put(format.FAILURE, places, reasons)
         if format.SEAL in self._columns:
             self._put(format.INPUT_NBYTES, places, facts.nbytes)
@@ -342,6 +344,19 @@ class FeatureWriter:
         except OSError as error:
             self._write_error = failed(f"write to {self._partial}", error)
             raise self._write_error from error
+
+
+def _remove_packed_source(packed: trust.OpenFile, plain: Path) -> None:
+    """Finish what a kill right after packing left: the complete plain file beside the one that was packed from it."""
+    if not plain.exists() or all(column.offset is not None for column in packed.facts.columns.values()):
+        return
+    source = trust.open_checked(plain)
+    try:
+        same = source.facts.birth == packed.facts.birth and not (source.status() == format.PENDING).any()
+    finally:
+        source.close()
+    if same:
+        plain.unlink()
 
 
 def _checksums(array: NDArray[Any]) -> NDArray[np.uint32]:
