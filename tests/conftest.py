@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,13 @@ _NEEDS = {
     "pyarrow": ["test_export_parquet.py"],
 }
 collect_ignore_glob = [pattern for name, patterns in _NEEDS.items() if name not in EXTRAS for pattern in patterns]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--faults-scale", default=os.environ.get("BBX_FAULTS_SCALE", "1"), help="times the usual number of faults"
+    )
+
 
 SAMPLES = Path(__file__).parent.parent / "sample_images"
 
@@ -78,8 +86,11 @@ def bbx_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
         monkeypatch.setattr("sys.argv", ["bbx", *map(str, words)])
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capsys.readouterr()
+        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
         with pytest.raises(SystemExit) as ended:
             cli.main()
+        for signum, handler in handlers.items():  # an error leaves them ignored, for the process is about to end
+            signal.signal(signum, handler)
         out, err = capsys.readouterr()
         return Ran(int(ended.value.code or 0), out, err)
 

@@ -24,9 +24,9 @@ from safetensors import safe_open
 from bbx.errors import FileError, MissingExtraError, StartError, UsageError, WriteError
 from bbx.export import export, source
 from bbx.spec import Stage
-from bbx.store import FeatureFile, FeatureWriter, StageView, format
+from bbx.store import FeatureFile, FeatureWriter, StageView
 from tests.test_store_reader import compressed
-from tests.test_store_toys import KEYS, RUN, make, row_maps
+from tests.test_store_toys import KEYS, RUN, make, relabel, row_maps
 
 FORMATS = ("npy", "safetensors")
 DONE = [row for row in range(20) if row != 4]
@@ -162,7 +162,7 @@ def test_a_compressed_file_gives_the_same_values(features, out, to):
 def test_a_shards_rows_are_those_of_the_whole_job(features, out):
     with h5py.File(features, "r+") as file:
         file.attrs.update({"row_start": 100, "row_stop": 120, "rows_total": 400})
-        file.attrs["bbx_label_crc32"] = format.label(file["provenance/run"].asstr()[()], 100, 120, 400)
+        relabel(file)
     export(features, "npy", out)
     assert read_npy(out)["image"].tolist() == [100 + row for row in DONE]
     assert same(features, DONE, read_npy(out))

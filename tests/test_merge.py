@@ -25,7 +25,7 @@ from bbx.store.lock import WriterLock
 from bbx.store.merge import merge
 from bbx.store.sources import Names
 from tests.test_compress import CAN_MOUNT, MOUNTS, flip
-from tests.test_store_toys import KEYS, RUN, STAGES, is_row, row_maps
+from tests.test_store_toys import KEYS, RUN, STAGES, is_row, relabel, row_maps
 
 HALF = replace(RUN, dtype="float16")
 WAYS = {"copied": {}, "virtual": {"virtual": True}, "compressed": {"compress": "gzip"}}
@@ -47,9 +47,8 @@ def some(
             writer.write([place], {stage.name: every[stage.name] for stage in run.stages}, [fact])
     if shard:
         with h5py.File(path, "r+") as file:
-            part = (rows[0], rows[-1] + 1, len(KEYS))
-            file.attrs.update(zip(("row_start", "row_stop", "rows_total"), part, strict=True))
-            file.attrs["bbx_label_crc32"] = format.label(file["provenance/run"].asstr()[()], *part)
+            file.attrs.update({"row_start": rows[0], "row_stop": rows[-1] + 1, "rows_total": len(KEYS)})
+            relabel(file)
             file["image"][...] = rows
     return path
 
@@ -149,6 +148,7 @@ def test_shards_of_other_lists_of_images_are_refused(tmp_path: Path) -> None:
     two = some(tmp_path / "two.h5", range(6, 12), shard=True)
     with h5py.File(two, "r+") as file:
         file.attrs.update({"row_start": 5, "row_stop": 11})
+        relabel(file)
     with pytest.raises(RunMismatchError, match=r"two.h5 belongs to another list of images than .*one.h5: row 5"):
         merge([one, two], tmp_path / "all.h5")
     some(tmp_path / "whole.h5", range(12, 20))
@@ -517,7 +517,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_sources(tmp_path: Path, room: f
     small, nbytes = tmp_path / "disk", sum(path.stat().st_size for path in rows)
     small.mkdir()
     script = (
-        f"mount -t tmpfs -o size={int(nbytes * (1 + room)) + (1 << 20)} none {small} && "
+        f"mount -t tmpfs -o size={int(nbytes * (1 + room)) + (1 << 19)} none {small} && "
         f"cp {rows[0]} {rows[1]} {small} && cd {Path(__file__).parent.parent} && "
         f"{sys.executable} -c \"from tests.test_merge import *; merge_it('{small}', 'copied')\"; code=$?; "
         f"ls {small}; cmp {rows[0]} {small}/one.h5 && exit $code"

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from bbx.spec import Preprocess, RunSpec, Stage
-from bbx.store import FeatureWriter
+from bbx.store import FeatureWriter, format
 
 PREPROCESS = Preprocess((32, 32), 36, "bicubic", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 STAGES = (
@@ -37,6 +38,12 @@ def row_maps(rows: Sequence[int], run: RunSpec = RUN) -> dict[str, NDArray[Any]]
 def is_row(maps: Mapping[str, NDArray[Any]], row: int, run: RunSpec = RUN) -> bool:
     """Whether `maps[stage]`, `(*stage.shape)`, are exactly the row's."""
     return all(np.array_equal(maps[name], right[0]) for name, right in row_maps([row], run).items())
+
+
+def relabel(file: h5py.File) -> None:
+    """Make what the file says of itself consistent again, as whoever forges a file would."""
+    part = (int(file.attrs[name]) for name in ("row_start", "row_stop", "rows_total"))
+    file.attrs["bbx_label_crc32"] = format.label(file["provenance/run"].asstr()[()], *part)
 
 
 def make(path: Path, run: RunSpec = RUN, keys: Sequence[str] = KEYS, failed: Sequence[int] = ()) -> Path:

@@ -15,7 +15,7 @@ import pytest
 
 from bbx.errors import BbxError, FileError
 from bbx.store import FeatureFile, check_target, format
-from tests.test_store_toys import KEYS, RUN, make, row_maps
+from tests.test_store_toys import KEYS, RUN, make, relabel, row_maps
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,7 @@ def negative_rows(file: h5py.File) -> None:
 
 def more_rows(file: h5py.File) -> None:
     file.attrs["row_stop"] = file.attrs["rows_total"] = 1 << 60
+    relabel(file)
 
 
 def rows_as_text(file: h5py.File) -> None:
@@ -173,6 +174,7 @@ def test_deflated_stage_cannot_be_larger_than_deflate_allows(tmp_path: Path) -> 
     with h5py.File(small, "r+") as file:
         file["provenance/run"][()] = run.to_json()
         file.attrs["bbx_run_sha256"] = run.sha256
+        relabel(file)
         replaced(file, "stem", shape=(20, *shape), chunks=(1, 1, 1024, 1024), compression="gzip")
     with pytest.raises(FileError, match="more than this file can"):
         FeatureFile(small)

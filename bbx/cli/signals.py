@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -41,8 +42,20 @@ def signals() -> Iterator[Callable[[], int | None]]:
             raise Signalled(signum)
 
     before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    told, sys.unraisablehook = sys.unraisablehook, _swallowed
     try:
         yield stop
+    except BaseException:
+        # What happened is about to be told: a further Ctrl-C must not turn that into a trace.
+        before = dict.fromkeys(before, signal.SIG_IGN)
+        raise
     finally:
+        sys.unraisablehook = told
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _swallowed(unraisable: sys.UnraisableHookArgs) -> None:
+    """A signal that Python swallowed inside a finaliser was noted, and is obeyed after the batch: no trace of it."""
+    if not isinstance(unraisable.exc_value, Signalled):
+        sys.__unraisablehook__(unraisable)

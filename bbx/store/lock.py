@@ -82,7 +82,7 @@ class WriterLock:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             # Windows removes no open file, and its lock ends at close.
-            if sys.platform != "win32":
+            if sys.platform != "win32" and self._still_there(fd):
                 self.path.unlink(missing_ok=True)
             disown(fd)
 

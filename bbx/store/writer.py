@@ -199,14 +199,20 @@ class FeatureWriter:
                 committer.flush()
                 self._write_attempt(self._slot, {"end": format.now(), **self.counts._asdict()})
                 os.fsync(self._fd)
+                written = os.fstat(self._fd)
             finally:
                 lock.disown(self._fd)
             if self._write_error is None and not (committer.marked == format.PENDING).any():
-                self._publish()
+                self._publish(written)
         except OSError as error:
             raise failed(f"finish {self.path}", error) from error
 
-    def _publish(self) -> None:
+    def _publish(self, written: os.stat_result) -> None:
+        if not self._partial.exists() or not os.path.samestat(written, self._partial.stat()):
+            raise WriteError(
+                f"{self._partial} is not the file that was written: it, or its folder, was replaced meanwhile",
+                "is the features' folder still where it was? the same command goes on with what is there",
+            )
         if self.path.exists() and not self._replaces:
             raise WriteError(
                 f"{self.path} was made by another program meanwhile, and is left alone",
