@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bbx.errors import ContractError, UsageError, WeightsError
+from bbx.errors import ContractError, StartError, UsageError, WeightsError
 from bbx.spec import ModelRef, Norm, Precision, Preprocess, Stage
 from bbx.stages import select_stages
 from bbx.taps import OverwrittenError, Tap, capture, channels_first, exclusive, free_taps, settled
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
 Forward = Callable[[Tensor, Sequence[Tap]], dict[str, Tensor]]
 """`(pixels, taps)` → each tap's raw output, in its own layout, having run nothing past the last one."""
@@ -149,6 +151,11 @@ class Backbone:
                 wanted, first = self._untouched(self._pixels(size), wanted)
             except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
+                if is_out_of_memory(error):
+                    raise StartError(
+                        f"{self.ref} finds too little memory for one image of {size[0]}x{size[1]} pixels: {reason}",
+                        "try a smaller --size, or another --device",
+                    ) from None
                 raise UsageError(
                     f"{self.ref} cannot take an input of {size[0]}x{size[1]} pixels: {reason}",
                     "leave --size out, or try a larger one" if max(size) < 1024 else "try a smaller --size",
@@ -197,6 +204,11 @@ class Backbone:
             f"{tap.module} gives {tuple(output.shape[1:])}, and it cannot be seen which axes are height and width",
             "ask for the module that contains it",
         )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that a device's memory is full, as torch and the libraries below it put it."""
+    return any(word in str(error) for word in _NO_MEMORY)
 
 
 def normalise(batch: Tensor, preprocess: Preprocess) -> Tensor:

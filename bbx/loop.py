@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bbx.backbone import normalise
+from bbx.backbone import is_out_of_memory, normalise
 from bbx.errors import ImageError, InterruptedRunError, StartError, UsageError
 from bbx.images import Decoders
 from bbx.images.decoders import Answer
@@ -30,8 +30,6 @@ from bbx.spec import InputFile, OnError, Pool, Preprocess
 
 # Batches that may wait before and after the backbone: two keep it fed, more only cost memory.
 _AHEAD, _BEHIND = 2, 2
-# What torch and the libraries below it say where they run out of a device's memory.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Sink(Protocol):
@@ -219,7 +217,7 @@ class _Compute:
         try:
             return self._forward(pixels, kept)
         except RuntimeError as error:
-            if not any(word in str(error) for word in _NO_MEMORY):
+            if not is_out_of_memory(error):
                 if "deterministic" in str(error):
                     raise UsageError(f"{self._plan.run.model}: {error}", "leave --deterministic out") from None
                 raise

@@ -72,7 +72,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_that_is_said(
 ) -> None:
     extract(pictures, model="toy", stages="all", output=tmp_path / "whole.h5", batch_size=8)
     monkeypatch.setattr(Backbone, "__call__", memory_of(most, text=text))
-    ran = bbx_cli("extract", "--model", "toy", "--stages", "all", "--batch-size", 8, pictures)
+    ran = bbx_cli("extract", "--model", "toy", "--stages", "all", "--batch-size", 8, "--device", "cpu", pictures)
     assert ran.code == 0
     assert f"cpu is out of memory with {7 if most == 4 else ''}" in ran.err
     assert batches in ran.err
@@ -155,3 +155,14 @@ def test_batch_sizes_agree_within_the_tolerance(pictures, tmp_path, model) -> No
         extract(pictures, model=model, weights="random", stages="0-2", output=tmp_path / f"{batch_size}.h5",
                 batch_size=batch_size)  # fmt: skip
     assert largest_difference(tmp_path / "1.h5", tmp_path / "7.h5") <= TOLERANCE
+
+
+def test_an_input_too_large_for_the_memory_is_told_from_one_that_the_network_cannot_take(monkeypatch) -> None:
+    backbone = bbx.load_backbone("toy", stages="all")
+
+    def full(self: Backbone, *_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.15 GiB")
+
+    monkeypatch.setattr(Backbone, "_run", full)
+    with pytest.raises(StartError, match="too little memory for one image of 32x32 pixels"):
+        _ = backbone.select("stem").stages

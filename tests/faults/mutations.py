@@ -133,7 +133,7 @@ def old(folder: Path) -> None:
 
 def odd(folder: Path) -> None:
     """Honest, but all its words are such as a terminal or a careless path would choke on."""
-    stages = (replace(STEM, module=MARKUP + ESCAPES), replace(STAGE1, module="\ud800"))
+    stages = (replace(STEM, module=MARKUP + ESCAPES[:-1]), STAGE1)
     words = {"model": MARKUP + ESCAPES, "weights": ESCAPES, "source": MARKUP, "config": ESCAPES}
     fill(folder / "f.h5", replace(RUN, stages=stages, **words), ODD_KEYS, reason=MARKUP + ESCAPES)
 
@@ -843,4 +843,3 @@ def copy_work(home: Path, work: Path) -> None:
     """The originals' folders once more, to be spoilt, and the canary beside them."""
     for folder in sorted(home.iterdir()):
         shutil.copytree(folder, work / folder.name)
-    os.sync()
