@@ -112,7 +112,7 @@ def progress() -> Iterator[Callable[[Summary], None]]:
         yield _line_writer(console)
         return
     columns = (
-        TextColumn("extracting"),
+        TextColumn("{task.fields[what]}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]:.1f} images/s"),
@@ -120,7 +120,7 @@ def progress() -> Iterator[Callable[[Summary], None]]:
         TextColumn("{task.fields[failed]}"),
     )
     bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task("", total=None, rate=0.0, failed="")
+    task = bar.add_task("", total=None, rate=0.0, failed="", what="extracting")
 
     told = 0
 
@@ -130,7 +130,8 @@ def progress() -> Iterator[Callable[[Summary], None]]:
         failed = f"{summary.failed:,} failed" if summary.failed else ""
         seen = summary.done + summary.failed
         rate = summary.images_per_second
-        bar.update(task, total=summary.rows, completed=seen, rate=rate, failed=failed)
+        what = f"packing {summary.packed:.0%}" if summary.packed else "extracting"
+        bar.update(task, total=summary.rows, completed=seen, rate=rate, failed=failed, what=what)
         bar.start()  # not before the first batch: until then the plan is printed
 
     try:
@@ -152,6 +153,9 @@ def _line_writer(console: Console) -> Callable[[Summary], None]:
         seen = summary.done + summary.failed
         rate = summary.images_per_second
         left = time.strftime("%H:%M:%S", time.gmtime((summary.rows - seen) / rate)) if rate else "?"
+        if summary.packed:
+            console.print(plain(f"packing, {summary.packed:.0%}"))
+            return
         text = f"{seen:,}/{summary.rows:,} images, {rate:.1f} images/s, {left} to go, {summary.failed:,} failed"
         console.print(plain(text))
 

@@ -283,7 +283,8 @@ def _unlike_starts(mine: Sequence[dict[str, Any]], theirs: Sequence[dict[str, An
 
 
 def _start(attempts: Sequence[dict[str, Any]]) -> dict[str, str]:
-    last = attempts[-1] if attempts else {}
+    # The last that computed anything: a merge is a start, too.
+    last: dict[str, Any] = next((attempt for attempt in reversed(attempts) if "versions" in attempt), {})
     versions = last.get("versions")
     found = {f"versions.{name}": str(text) for name, text in versions.items()} if isinstance(versions, dict) else {}
     return {**({"device": str(last["device"])} if "device" in last else {}), **found}

@@ -69,6 +69,7 @@ class Summary:
     `failed` counts the failed rows, `failures` holds key and reason of the first of them (the file holds all),
     `overflow` counts the values per stage that float16 could not hold, `nonfinite` those that were NaN or infinite as
     the network gave them. `notes` is what was changed on the way, such as a batch halved for want of memory.
+    `packed` is the share of the features that `compress` has dealt with.
     """
 
     output: Path
@@ -80,6 +81,7 @@ class Summary:
     overflow: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    packed: float = 0.0
     wall: float = 0.0
     decode: float = 0.0
     compute: float = 0.0

@@ -155,10 +155,22 @@ def extract(
     if not dry_run and target.state != "complete":
         with FeatureWriter.open(
             path, run, found.keys, attempt=attempt(plan), mode=mode, retry_failed=retry_failed, compress=compress,
-            stop=stop,
+            stop=stop, packing=_packing(summary, progress),
         ) as writer:  # fmt: skip
             run_loop(plan, writer, writer.pending, summary, on_error=on_error, progress=progress, stop=stop)
     return summary
+
+
+def _packing(summary: Summary, progress: Progress | None) -> Callable[[int, int], None] | None:
+    """Tells `progress` of the packing, too, which comes after the last batch."""
+    if progress is None:
+        return None
+
+    def told(done: int, total: int) -> None:
+        summary.packed = done / max(1, total)
+        progress(summary)
+
+    return told
 
 
 def _is_packed(path: Path) -> bool:

@@ -302,3 +302,10 @@ def test_an_unfinished_overwrite_is_not_taken_for_a_retry(pictures, tmp_path) ->
     (tmp_path / "f.h5.partial").write_bytes((tmp_path / "f.h5").read_bytes())
     with pytest.raises(StartError, match="in the way"):
         extract(pictures, model="toy", output=tmp_path / "f.h5", retry_failed=True)
+
+
+def test_packing_is_told_while_it_goes_on(pictures, tmp_path) -> None:
+    told: list[float] = []
+    extract(pictures, model="toy", compress="gzip", output=tmp_path / "f.h5", progress=lambda s: told.append(s.packed))
+    assert told[0] == 0
+    assert told[-1] == 1

@@ -22,7 +22,7 @@ from bbx.errors import StartError, UsageError, WriteError
 from bbx.spec import Compress, InputFile, Mode, RunSpec
 from bbx.store import disk, format, lock, skeleton, trust
 from bbx.store.commit import Committer, failed, runs
-from bbx.store.compress import Stop, pack
+from bbx.store.compress import Progress, Stop, pack
 from bbx.store.format import Column, Counts
 from bbx.store.target import Target, check_target, output_path, partial_path
 
@@ -44,6 +44,7 @@ class FeatureWriter:
         retry_failed: bool,
         compress: Compress,
         stop: Stop | None,
+        packing: Progress | None,
     ) -> None:
         self.path = target.path
         self.run = run
@@ -51,6 +52,7 @@ class FeatureWriter:
         self._attempt = attempt
         self._compress = compress
         self._stop = stop
+        self._packing = packing
         self._partial = partial_path(target.path)
         self._held = held
         self._pid = os.getpid()
@@ -96,12 +98,14 @@ class FeatureWriter:
         retry_failed: bool = False,
         compress: Compress = "none",
         stop: Stop | None = None,
+        packing: Progress | None = None,
     ) -> FeatureWriter:
         """Begin `run` over the images `keys` at `path`, or go on with it, as `check_target` says.
 
         `attempt` is recorded in the file as this start's time, host, device, versions and the like. `retry_failed`:
         failed rows are pending again; a finished file is `.partial` again until they are done. `compress`: how the
-        finished file is packed; `stop` is then asked now and again for a signal number to stop at. Raises what
+        finished file is packed; `stop` is then asked now and again for a signal number to stop at, and `packing` hears
+        of bytes, done and in all. Raises what
         `check_target` does, and `StartError` where another process writes there or the disk has too little room.
         """
         out = output_path(path)
@@ -115,7 +119,17 @@ class FeatureWriter:
                 elif target.reopen:
                     out.replace(partial_path(out))
                     disk.sync_folder(out.parent)
-                return cls(target, held, run, keys, start, retry_failed=retry_failed, compress=compress, stop=stop)
+                return cls(
+                    target,
+                    held,
+                    run,
+                    keys,
+                    start,
+                    retry_failed=retry_failed,
+                    compress=compress,
+                    stop=stop,
+                    packing=packing,
+                )
             except BaseException:
                 held.release()
                 raise
@@ -219,7 +233,7 @@ class FeatureWriter:
                 f"the features are complete in {self._partial}: mv them where you want them",
             )
         if self._compress != "none":
-            pack(self._partial, self.path, stop=self._stop)
+            pack(self._partial, self.path, progress=self._packing, stop=self._stop)
             return
         self._partial.replace(self.path)
         disk.sync_folder(self.path.parent)

@@ -1,0 +1,178 @@
+"""`verify`, `diff`, `merge`, `export` at the shell: what they print, where, and the codes that they exit with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import bbx
+
+
+@pytest.fixture
+def done(bbx_cli, pictures, tmp_path) -> Path:
+    """`features.h5`, all stages, in the current folder."""
+    assert bbx_cli("extract", "--model", "toy", "--stages", "all", "-q", "pictures").code == 0
+    return tmp_path / "features.h5"
+
+
+def spoil(path: Path, name: str, row: int = 3) -> None:
+    """Flips a bit of a row."""
+    with h5py.File(path) as file:
+        data = file[name]
+        offset = data.id.get_offset() + row * data.id.get_storage_size() // len(data)
+    with path.open("r+b") as raw:
+        raw.seek(offset)
+        byte = raw.read(1)[0]
+        raw.seek(offset)
+        raw.write(bytes([byte ^ 1]))
+
+
+def test_verify_says_what_it_checked_and_that_it_is_sound(bbx_cli, done) -> None:
+    ran = bbx_cli("verify", "features.h5")
+    assert ran.code == 0
+    assert "7 rows" in ran.out
+    assert "sound" in ran.out
+    assert ran.err == ""
+
+
+def test_verify_names_a_damaged_row_and_exits_with_4(bbx_cli, done) -> None:
+    spoil(done, "stage1")
+    ran = bbx_cli("verify", "features.h5")
+    assert ran.code == 4
+    assert "003.png" in ran.out
+    assert "DAMAGED" in ran.out
+    told = json.loads(bbx_cli("verify", "--json", "features.h5").out)
+    assert (told["exit_code"], told["health"]["damage"][0]["key"]) == (4, "003.png")
+    quiet = bbx_cli("verify", "-q", "features.h5")
+    assert quiet.out.startswith("damaged: ")
+
+
+def test_verify_recomputes_what_is_asked_for(bbx_cli, done, pictures, picture) -> None:
+    ran = bbx_cli("verify", "features.h5", "--recompute", 7)
+    assert ran.code == 0
+    assert "7 of 7 rows confirmed" in ran.out
+    picture(pictures / "004.png", 99)
+    ran = bbx_cli("verify", "features.h5", "--recompute", 7)
+    assert ran.code == 4
+    assert "differs: 004.png" in ran.out
+    assert "content changed" in ran.out
+
+
+def test_show_and_info_refuse_what_is_damaged(bbx_cli, done) -> None:
+    spoil(done, "provenance/failure")
+    for words in (("info",), ("show", "--image", "3")):
+        ran = bbx_cli(*words, "features.h5")
+        assert ran.code == 3
+        assert "bbx verify features.h5" in ran.err
+    assert bbx_cli("show", "--image", "2", "--stages", "stem", "features.h5").code == 0
+
+
+def test_diff_is_0_for_the_same_and_4_for_others(bbx_cli, done) -> None:
+    bbx_cli("extract", "--model", "toy", "--stages", "all", "--dtype", "float16", "-q", "-o", "half.h5", "pictures")
+    assert bbx_cli("diff", "features.h5", "features.h5").code == 0
+    ran = bbx_cli("diff", "features.h5", "half.h5")
+    assert ran.code == 4
+    assert "recorded dtype: float32 and float16" in ran.out
+    assert "first image that differs: 000.png, in stem" in ran.out
+    assert bbx_cli("diff", "features.h5", "half.h5", "--tolerance", "1e-3").code == 0
+    told = json.loads(bbx_cli("diff", "--json", "features.h5", "half.h5").out)
+    assert told["exit_code"] == 4
+    assert {stage["stage"] for stage in told["stages"]} == {"stem", "stage1", "stage2"}
+
+
+def test_merge_prints_the_file_as_data_and_the_rest_as_talk(bbx_cli, done, picture, tmp_path) -> None:
+    picture(tmp_path / "more" / "900.png", 900)
+    bbx_cli("extract", "--like", "features.h5", "-q", "-o", "more.h5", "more")
+    ran = bbx_cli("merge", "features.h5", "more.h5", "-o", "all.h5")
+    assert (ran.code, ran.out) == (0, "all.h5\n")
+    assert "8 rows, stages stem, stage1, stage2, from 2 files by rows" in ran.err
+    assert bbx.open("all.h5").attempts[-1]["command"].startswith("bbx merge features.h5")
+    again = bbx_cli("merge", "features.h5", "more.h5", "-o", "all.h5")
+    assert again.code == 3
+    told = json.loads(bbx_cli("merge", "--json", "-q", "--virtual", "features.h5", "more.h5", "-o", "v.h5").out)
+    assert (told["rows"], told["how"]) == (8, "rows")
+    for command in ("info", "verify"):
+        assert bbx_cli(command, "v.h5").code == 0
+    assert bbx_cli("diff", "all.h5", "v.h5").code == 0
+    assert bbx_cli("export", "v.h5", "--to", "npy").code == 0
+
+
+def test_merge_of_another_run_names_the_field(bbx_cli, done) -> None:
+    bbx_cli("extract", "--like", "features.h5", "--seed", 5, "--weights", "random", "-q", "-o", "other.h5", "pictures")
+    ran = bbx_cli("merge", "features.h5", "other.h5", "-o", "all.h5")
+    assert ran.code == 3
+    assert "weights_digest" in ran.err
+
+
+def test_export_prints_what_other_programs_open(bbx_cli, done) -> None:
+    ran = bbx_cli("export", "features.h5", "--to", "npy", "--stages", "stage1")
+    assert ran.code == 0
+    assert np.load("features_npy/stage1.npy").shape == (7, 6, 8, 8)
+    assert "features_npy/stage1.npy" in ran.out.splitlines()
+    assert bbx_cli("export", "features.h5", "--to", "npy").code == 3
+    assert bbx_cli("export", "features.h5", "--to", "npy", "--overwrite").code == 0
+    ran = bbx_cli("export", "features.h5", "--to", "parkett")
+    assert ran.code == 2
+    assert "parquet" in ran.err
+
+
+@pytest.mark.parametrize("command", ["verify", "diff", "merge", "export", "info"])
+def test_a_file_that_is_none_is_an_error_of_one_line_for_every_command(bbx_cli, tmp_path, command) -> None:
+    (tmp_path / "a.h5").write_text("<html>")
+    more = {"diff": ["a.h5"], "merge": ["-o", "b.h5"], "export": ["--to", "npy"]}.get(command, [])
+    ran = bbx_cli(command, "a.h5", *more)
+    assert ran.code == 3
+    assert ran.err.startswith("error: ")
+    assert "Traceback" not in ran.err
+    gone = bbx_cli(command, "gone.h5", *(["gone.h5"] if command == "diff" else more), "--json")
+    assert json.loads(gone.out)["exit_code"] == 3
+
+
+MEETING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import bbx.cli, bbx.store.reader
+
+def crash(*_, **__):
+    os.kill(os.getpid(), signal.{fate})
+
+def wait(*_, **__):
+    print("here", flush=True)
+    open("never").read()
+
+bbx.store.reader.FeatureFile.__init__ = wait if "{fate}" == "wait" else crash
+sys.argv = ["bbx", "info", "x.h5"]
+bbx.cli.run()
+"""
+
+
+def meeting(tmp_path: Path, fate: str) -> subprocess.Popen[str]:
+    """`bbx info x.h5`, where HDF5 crashes by a signal, or waits for ever."""
+    code = MEETING.format(root=str(Path(__file__).parent.parent), fate=fate)
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("fate", ["SIGSEGV", "SIGABRT", "SIGBUS"])
+def test_a_crash_of_hdf5_is_an_error_of_the_file(tmp_path: Path, fate: str) -> None:
+    run = meeting(tmp_path, fate)
+    assert f"HDF5 crashed on it ({fate}): bbx info x.h5" in run.communicate()[1]
+    assert run.returncode == 3
+
+
+def test_a_signal_reaches_the_command_behind_the_shield(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "never")
+    run = meeting(tmp_path, "wait")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "here\n"
+    run.send_signal(signal.SIGTERM)
+    run.communicate()
+    assert run.returncode == 143
