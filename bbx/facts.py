@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +14,17 @@ if TYPE_CHECKING:
     from bbx.plan import Plan, Summary
     from bbx.spec import RunSpec, Stage
     from bbx.store import FeatureFile
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON can hold it: paths as text, and NaN and infinity, which it lacks, as text too."""
+    if isinstance(value, dict):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def of_run(plan: Plan, summary: Summary, *, dry_run: bool) -> dict[str, Any]:

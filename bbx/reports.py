@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -38,21 +36,11 @@ def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def facts_of(result: Any) -> dict[str, Any]:
-    """A frozen result as plain data, for `--json`: paths as text, NaN and infinity, which JSON lacks, as text too."""
-    facts: dict[str, Any] = _plain_data(asdict(result))
+    """A frozen result as plain data, for `--json`."""
+    facts = asdict(result)
     if hasattr(result, "exit_code"):
         facts["exit_code"] = result.exit_code
     return facts
-
-
-def _plain_data(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _plain_data(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_data(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return str(value) if isinstance(value, Path) else value
 
 
 def verdict(result: Verdict, *, quiet: bool = False) -> None:

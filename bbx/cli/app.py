@@ -92,4 +92,6 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def print_json(data: object) -> None:
-    typer.echo(json.dumps(data))
+    from bbx.facts import finite
+
+    typer.echo(json.dumps(finite(data), allow_nan=False))

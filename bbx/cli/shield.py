@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -15,6 +16,8 @@ READING = ("info", "show", "verify", "diff", "export")
 """The commands that open files which anybody may have made. Extraction and merging are not among them: a second process
 of theirs could outlive the one that holds the lock."""
 
+_OPEN_SECONDS = 10
+_HINT = "the file is damaged: take another copy of it"
 _CRASHES = {
     getattr(signal, name) for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL") if hasattr(signal, name)
 }
@@ -24,6 +27,7 @@ def shielded(main: Callable[[], NoReturn]) -> None:
     """Runs `main`, which exits, in a child, and exits as it did. Raises `FileError` where it crashed."""
     pid = os.fork()
     if pid == 0:
+        _try_to_open([Path(word) for word in sys.argv[2:] if not word.startswith("-")])
         main()
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
@@ -33,8 +37,44 @@ def shielded(main: Callable[[], NoReturn]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, pass_on)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if -code == signal.SIGXCPU:
+        raise FileError(f"HDF5 does not come to an end with it: {_command()}", _HINT)
     if -code in _CRASHES:
-        name = signal.Signals(-code).name
-        words = " ".join(sys.argv[1:])
-        raise FileError(f"HDF5 crashed on it ({name}): bbx {words}", "the file is damaged: take another copy of it")
+        raise FileError(f"HDF5 crashed on it ({signal.Signals(-code).name}): {_command()}", _HINT)
     sys.exit(128 - code if code < 0 else code)
+
+
+def _try_to_open(files: list[Path]) -> None:
+    """Opens each feature file among `files` in one more process, and ends as it did: HDF5 circles over some for ever.
+
+    Opening alone has a limit of computing time; what comes after may take as long as it takes.
+    """
+    import resource
+
+    for file in files:
+        if not _is_hdf5(file):
+            continue
+        from bbx.store import open_finished_or_partial
+
+        pid = os.fork()
+        if pid == 0:
+            resource.setrlimit(resource.RLIMIT_CPU, (_OPEN_SECONDS, _OPEN_SECONDS + 1))
+            try:
+                open_finished_or_partial(file)
+            finally:  # an error comes again where it is told
+                os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code < 0:
+            os.kill(os.getpid(), -code)  # all of these end a process, unless it says otherwise
+
+
+def _is_hdf5(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(8) == b"\x89HDF\r\n\x1a\n"
+    except (OSError, ValueError):
+        return False
+
+
+def _command() -> str:
+    return " ".join(["bbx", *sys.argv[1:]])

@@ -6,9 +6,9 @@ checksums right again: no check can know that from another honest file, so only 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import random
 import shutil
 import zlib
@@ -404,10 +404,9 @@ def replaced(file: h5py.File, name: str, **options: Any) -> h5py.Dataset:
     del file[name]
     made = file.create_dataset(name, **options)
     if values is not None and "external" not in options:
-        try:
+        # Where the types do not go together, zeros do as well.
+        with contextlib.suppress(TypeError, ValueError, OSError):
             made[()] = values
-        except (TypeError, ValueError, OSError):
-            pass  # the types do not go together: zeros do as well
     return made
 
 
@@ -582,8 +581,9 @@ def virtual_stage(file: h5py.File, chance: random.Random) -> None:
     if name not in file or not file[name].shape:
         return
     data = file[name]
-    place = chance.choice((".", "f.h5", "./f.h5", "../outside/canary.h5", "pictures/../../outside/canary.h5", "%b.h5",
-                           str(Path("../outside/canary.h5").resolve()), "f%%.h5", "gone.h5", "a\x1b[31m.h5"))  # fmt: skip
+    absolute = str(Path("../outside/canary.h5").resolve())
+    away = ("../outside/canary.h5", "pictures/../../outside/canary.h5", absolute)
+    place = chance.choice((".", "f.h5", "./f.h5", *away, "%%b.h5", "f%%.h5", "gone.h5", "a\x1b[31m.h5"))
     shape, dtype = data.shape, data.dtype
     layout = h5py.VirtualLayout(shape, dtype)
     source = h5py.VirtualSource(place, chance.choice((name, "stem", "/nothing")), shape=shape)
@@ -593,6 +593,9 @@ def virtual_stage(file: h5py.File, chance: random.Random) -> None:
     file.create_virtual_dataset(name, layout, fillvalue=chance.choice((None, 0)))
 
 
+BOMB = zlib.compress(bytes(1 << 26))
+
+
 def bomb(file: h5py.File, chance: random.Random) -> None:
     """A chunk that inflates to far more than a chunk, is no deflate at all, or says that it was not packed."""
     name = next(name for name in ("stem", "blocks.0") if name in file)
@@ -600,7 +603,7 @@ def bomb(file: h5py.File, chance: random.Random) -> None:
     shape, dtype = data.shape, data.dtype
     del file[name]
     made = file.create_dataset(name, shape, dtype, chunks=(1, *shape[1:]), compression="gzip", shuffle=True)
-    chunk = chance.choice((zlib.compress(bytes(1 << 28)), b"", b"junk", zlib.compress(b"x"), bytes(1000)))
+    chunk = chance.choice((BOMB, b"\0", b"junk", zlib.compress(b"x"), bytes(1000)))
     for row in range(shape[0]):
         made.id.write_direct_chunk((row,) + (0,) * (len(shape) - 1), chunk, chance.choice((0, 0, 1, 3, 0xFFFFFFFF)))
 
