@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,12 +16,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bbx.errors import StartError, UsageError, WriteError
+from bbx.errors import UsageError, WriteError
 from bbx.spec import Compress, InputFile, Mode, RunSpec
 from bbx.store import disk, format, lock, skeleton, trust
-from bbx.store.commit import Committer, failed, runs
+from bbx.store.commit import Committer, failed
 from bbx.store.compress import Progress, Stop, pack
-from bbx.store.format import Column, Counts
+from bbx.store.format import Counts
+from bbx.store.rows import Rows
 from bbx.store.target import Target, check_target, output_path, partial_path
 
 
@@ -48,7 +47,6 @@ class FeatureWriter:
     ) -> None:
         self.path = target.path
         self.run = run
-        self._keys = keys
         self._attempt = attempt
         self._compress = compress
         self._stop = stop
@@ -57,7 +55,6 @@ class FeatureWriter:
         self._held = held
         self._pid = os.getpid()
         self._closed = False
-        self._write_error: WriteError | None = None
         complete = target.state == "complete"
         self._replaces = target.path.exists()
         opened = trust.open_checked(target.path if complete else self._partial)
@@ -69,22 +66,21 @@ class FeatureWriter:
                 _remove_packed_source(opened, self._partial)
         finally:
             opened.close()
-        self._resumed = target.state == "resume"
         failed_rows = np.flatnonzero(status == format.FAILED)[: None if retry_failed and not complete else 0]
         status[failed_rows] = format.PENDING
         self._status = status.copy()
         self.pending: NDArray[np.int64] = np.flatnonzero(status == format.PENDING)
-        self._committer: Committer | None = None
-        if not complete:
-            self._fd = self._descriptor()
-            try:
-                self._unmark(failed_rows)
-                self._slot = self._record(None if target.state == "resume" else 0)
-            except BaseException:
-                lock.disown(self._fd)
-                raise
-            self._committer = Committer(self._fd, self._columns[format.STATUS], status)
-        self._pool = ThreadPoolExecutor(1, "bbx-checksum")
+        self._rows: Rows | None = None
+        if complete:
+            return
+        self._rows = rows = Rows(self._partial, self._columns, keys, blank=target.state == "new")
+        try:
+            rows.unmark(failed_rows)
+            self._slot = self._record(rows, target)
+        except BaseException:
+            rows.close()
+            raise
+        self._committer = Committer(rows.fd, self._columns[format.STATUS], status)
 
     @classmethod
     def open(
@@ -105,8 +101,8 @@ class FeatureWriter:
         `attempt` is recorded in the file as this start's time, host, device, versions and the like. `retry_failed`:
         failed rows are pending again; a finished file is `.partial` again until they are done. `compress`: how the
         finished file is packed; `stop` is then asked now and again for a signal number to stop at, and `packing` hears
-        of bytes, done and in all. Raises what
-        `check_target` does, and `StartError` where another process writes there or the disk has too little room.
+        of bytes, done and in all. Raises what `check_target` does, and `StartError` where another process writes there or
+        the disk has too little room.
         """
         out = output_path(path)
         with disk.starting(out):
@@ -175,7 +171,7 @@ class FeatureWriter:
     def commit(self) -> None:
         """Return once everything written so far is on disk and marked. Raises `WriteError`."""
         self._check_usable()
-        if self._committer is not None:
+        if self._rows is not None:
             self._committer.flush()
 
     def close(self) -> None:
@@ -187,10 +183,9 @@ class FeatureWriter:
             return
         self._closed = True
         try:
-            if self._committer is not None:
-                self._finish(self._committer)
+            if self._rows is not None:
+                self._finish(self._rows)
         finally:
-            self._pool.shutdown()
             self._held.release()
 
     def __enter__(self) -> Self:
@@ -206,17 +201,17 @@ class FeatureWriter:
                 raise
             error.add_note(f"and closing {self._partial} failed: {second.message}")
 
-    def _finish(self, committer: Committer) -> None:
+    def _finish(self, rows: Rows) -> None:
         try:
             try:
-                committer.stop()
-                committer.flush()
-                self._write_attempt(self._slot, {"end": format.now(), **self.counts._asdict()})
-                os.fsync(self._fd)
-                written = os.fstat(self._fd)
+                self._committer.stop()
+                self._committer.flush()
+                rows.put_attempt(self._slot, {**self._attempt, "end": format.now(), **self.counts._asdict()})
+                os.fsync(rows.fd)
+                written = os.fstat(rows.fd)
             finally:
-                lock.disown(self._fd)
-            if self._write_error is None and not (committer.marked == format.PENDING).any():
+                rows.close()
+            if rows.error is None and not (self._committer.marked == format.PENDING).any():
                 self._publish(written)
         except OSError as error:
             raise failed(f"finish {self.path}", error) from error
@@ -238,42 +233,23 @@ class FeatureWriter:
         self._partial.replace(self.path)
         disk.sync_folder(self.path.parent)
 
-    def _descriptor(self) -> int:
-        """The one descriptor that rows are written through, locked so that no HDF5 program opens the file to write."""
-        fd = lock.own(os.open(self._partial, os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)))
-        if not lock.try_lock(fd, shared=True):
-            lock.disown(fd)
-            raise StartError(f"{self._partial} is open for writing in another program", "close it there")
-        return fd
-
-    def _unmark(self, rows: NDArray[np.int64]) -> None:
-        """Make `rows` pending on disk, before any byte of theirs is written again."""
-        for first, last in runs(rows):
-            disk.write_at(self._fd, bytes(last - first), _offset(self._columns[format.STATUS], first))
-        if len(rows):
-            disk.make_durable(self._fd)
-
-    def _record(self, slot: int | None) -> int:
+    def _record(self, rows: Rows, target: Target) -> int:
         """Put this start into the first free slot, or the last one where all are taken; returns which."""
-        if slot is None:
-            free = np.flatnonzero(self._attempts[:, 0] == 0)
-            slot = int(free[0]) if len(free) else format.ATTEMPT_SLOTS - 1
-            self._write_attempt(slot, {})
-            disk.make_durable(self._fd)
+        if target.state == "new":  # the skeleton has it
+            return 0
+        free = np.flatnonzero(self._attempts[:, 0] == 0)
+        slot = int(free[0]) if len(free) else format.ATTEMPT_SLOTS - 1
+        rows.put_attempt(slot, self._attempt)
+        disk.make_durable(rows.fd)
         return slot
-
-    def _write_attempt(self, slot: int, more: Mapping[str, object]) -> None:
-        # One page, written whole: a power loss takes the old text or the new one.
-        text = format.encode_attempt({**self._attempt, **more})
-        disk.write_at(self._fd, text, _offset(self._columns[format.ATTEMPTS], slot))
 
     def _check_usable(self) -> None:
         if self._closed:
             raise UsageError(f"the writer of {self.path} is closed")
         if os.getpid() != self._pid:
             raise UsageError(f"the writer of {self.path} belongs to process {self._pid}", "send the maps there")
-        error = self._write_error or (self._committer.error if self._committer is not None else None)
-        if error is not None:
+        error = self._rows and (self._rows.error or self._committer.error)
+        if error:
             raise error
 
     def _checked_rows(self, rows: NDArray[np.int64] | Sequence[int]) -> NDArray[np.int64]:
@@ -317,53 +293,11 @@ class FeatureWriter:
         reason: bytes = b"",
     ) -> None:
         """Hand rows and checksums to the system, then to the committer; an error in between leaves the rows pending."""
-        if self._committer is None or not len(places):
+        if self._rows is None or not len(places):
             return
-        sums = np.empty((len(places), len(arrays)), "<u4")
-        for column, (name, array) in enumerate(arrays.items()):
-            waiting = self._pool.submit(_checksums, array)  # beside the write: both let go of the interpreter
-            self._put(name, places, array)
-            sums[:, column] = waiting.result()
-            self._put(format.checksum_name(name), places, sums[:, column].copy())
-        self._put_facts(places, status, inputs or [InputFile()] * len(places), reason, sums)
+        self._rows.put(places, arrays, status, inputs or [InputFile()] * len(places), reason)
         self._status[places] = status
         self._committer.add(places, status, sum(array.nbytes for array in arrays.values()))
-
-    def _put_facts(
-        self,
-        places: NDArray[np.int64],
-        status: int,
-        inputs: Sequence[InputFile],
-        reason: bytes,
-        sums: NDArray[np.uint32],
-    ) -> None:
-        """Reason, input files and seals of the rows; a retried row's old reason goes."""
-        if len(inputs) != len(places):
-            raise UsageError(f"{len(inputs)} input files for {len(places)} rows", "one for each")
-        keys = [format.encode_key(self._keys[place]) for place in places]
-        reasons = np.full(len(places), reason, f"S{format.FAILURE_NBYTES}")
-        files = format.input_arrays(inputs)
-        facts = format.RowFacts(keys, np.full(len(places), status, np.uint8), reasons, *files, sums)
-        if reason or self._resumed:  # an earlier start may have written a reason
-            self._put(format.FAILURE, places, reasons)
-        if format.SEAL in self._columns:
-            self._put(format.INPUT_NBYTES, places, facts.nbytes)
-            self._put(format.INPUT_MTIME, places, facts.mtimes)
-            self._put(format.INPUT_DIGEST, places, facts.digests)
-            self._put(format.SEAL, places, facts.seals())
-
-    def _put(self, name: str, places: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Write `values`, `(k, *row_shape)`, at the rows `places`, `(k,)`: one call per run of consecutive rows."""
-        column = self._columns[name]
-        done = 0
-        try:
-            for first, last in runs(places):
-                count = last - first
-                disk.write_at(self._fd, values[done : done + count].view(np.uint8), _offset(column, first))
-                done += count
-        except OSError as error:
-            self._write_error = failed(f"write to {self._partial}", error)
-            raise self._write_error from error
 
 
 def _remove_packed_source(packed: trust.OpenFile, plain: Path) -> None:
@@ -377,17 +311,6 @@ def _remove_packed_source(packed: trust.OpenFile, plain: Path) -> None:
         source.close()
     if same:
         plain.unlink()
-
-
-def _checksums(array: NDArray[Any]) -> NDArray[np.uint32]:
-    """CRC32 of each row's bytes, `(b,)`."""
-    return np.array([zlib.crc32(row.data) for row in array.reshape(len(array), -1)], "<u4")
-
-
-def _offset(column: Column, row: int) -> int:
-    if column.offset is None:
-        raise StartError(f"{column.name} is compressed, and rows cannot be added to it", "--mode overwrite")
-    return column.offset + row * column.row_nbytes
 
 
 def _lay_out(out: Path, run: RunSpec, keys: Sequence[str], attempt: bytes) -> None:
