@@ -101,7 +101,7 @@ class FeatureWriter:
         `attempt` is recorded in the file as this start's time, host, device, versions and the like. `retry_failed`:
         failed rows are pending again; a finished file is `.partial` again until they are done. `compress`: how the
         finished file is packed; `stop` is then asked now and again for a signal number to stop at, and `packing` hears
-        of bytes, done and in all. Raises what `check_target` does, and `StartError` where another process writes there or
+        of bytes, done and in all. Raises what `check_target` does, `StartError` where another process writes there or
         the disk has too little room.
         """
         out = output_path(path)
