@@ -23,10 +23,10 @@ from torch import Tensor
 
 from bbx.backbone import is_out_of_memory, normalise
 from bbx.errors import ImageError, InterruptedRunError, StartError, UsageError
-from bbx.images import Decoders
+from bbx.images import Decoders, cell_dtype
 from bbx.images.decoders import Answer
 from bbx.plan import Plan, Summary
-from bbx.spec import InputFile, OnError, Pool, Preprocess
+from bbx.spec import InputFile, OnError, Pool
 
 # Batches that may wait before and after the backbone: two keep it fed, more only cost memory.
 _AHEAD, _BEHIND = 2, 2
@@ -144,7 +144,7 @@ class _Batch:
 def _decoded(plan: Plan, rows: NDArray[np.int64], decoders: Decoders) -> Iterator[_Batch]:
     """Batches in row order, each handed out as soon as it was submitted and `_AHEAD` more were."""
     ahead: deque[_Batch] = deque()
-    cells = _cell_dtype(plan.run.preprocess)
+    cells = cell_dtype(plan.run.preprocess)
     for chunk in _chunks(rows, plan.batch_size, aligned=plan.deterministic or not plan.retry_failed):
         if plan.deterministic:
             # Each row at its own place of a whole batch, whatever became of its neighbours.
@@ -172,14 +172,6 @@ def _chunks(rows: NDArray[np.int64], size: int, *, aligned: bool) -> Iterator[ND
             stop = start + int(np.searchsorted(rows[start:stop], (rows[start] // size + 1) * size))
         yield rows[start:stop]
         start = min(stop, len(rows))
-
-
-def _cell_dtype(preprocess: Preprocess) -> np.dtype[Any]:
-    if not preprocess.processor:
-        return np.dtype(np.uint8)
-    from bbx.processor import cell_dtype
-
-    return cell_dtype(preprocess)
 
 
 class _Compute:

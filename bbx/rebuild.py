@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from bbx.assembly import assemble
 from bbx.backbone import Backbone
 from bbx.errors import FileError, StartError, UsageError, WeightsError
 from bbx.images import ImageList
+from bbx.pictures import is_near, recorded_roots
 from bbx.providers import load_backbone, resolve
 from bbx.recipe import read as read_config
 from bbx.spec import ExifMode, Norm, ResizeMode, RunSpec
-from bbx.store import FeatureFile, open_finished_or_partial
+from bbx.store import open_finished_or_partial
 
 _RANDOM = re.compile(r"random \(seed (\d+)\)")
 
@@ -78,23 +79,61 @@ def request_of(run: RunSpec, near: str | os.PathLike[str] | None = None, *, inst
         return Request(
             run.model, "random" if seed else "auto", int(seed[1]) if seed else 0, norm=run.norm, tokens=run.tokens
         )
-    try:
-        data = json.loads(run.source)
-        known = {item.name for item in fields(Request)}
-        size = tuple(data["size"]) if data.get("size") else None
-        request = Request(**{name: value for name, value in data.items() if name in known} | {"size": size})
-        right = isinstance(request.model, str) and isinstance(request.weights, str) and isinstance(request.seed, int)
-    except (ValueError, TypeError, AttributeError):
-        right = False
-    if not right:
-        raise FileError("the file does not say how its model was asked for", "name --model and --weights yourself")
-    for option, text in (("--model", request.model), ("--weights", request.weights)):
-        if Path(text).is_absolute() and option[2:] not in instead and not _is_near(Path(text), near):
+    request = _request(run.source)
+    texts = [("--model", request.model), ("--weights", request.weights)]
+    texts += [("--config", text) for text in _texts(request.config)]
+    for option, text in texts:
+        path = _as_path(text)
+        if path is not None and option[2:] not in instead and not is_near(path, near):
             raise WeightsError(
                 f"the file names {text}, which lies neither below the current folder nor below the file's",
                 f"a path from a file is not followed; if you trust it: {option} {text}",
             )
     return request
+
+
+def _request(text: str) -> Request:
+    """The request that `to_json` wrote, every field of its type: files are not trusted. Raises `FileError`."""
+    try:
+        data = json.loads(text)
+        known = {item.name for item in fields(Request)}
+        size = tuple(data["size"]) if data.get("size") else None
+        request = Request(**{name: value for name, value in data.items() if name in known} | {"size": size})
+        right = (
+            all(isinstance(item, str) and "\0" not in item for item in (request.model, request.weights))
+            and type(request.seed) is int
+            and 0 <= request.seed < 1 << 63
+            and (size is None or (len(size) == 2 and all(type(side) is int and 0 < side < 1 << 16 for side in size)))
+            and (request.config is None or isinstance(request.config, Mapping))
+            and type(request.tokens) is bool
+            and not any("\0" in item for item in _texts(request.config))
+        )
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        right = False
+    if not right:
+        raise FileError("the file does not say how its model was asked for", "name --model and --weights yourself")
+    return request
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a configuration."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _texts(item)
+
+
+def _as_path(text: str) -> Path | None:
+    """What a model's name or weights lead to on this disk, None for a mere name (a hub id has a separator, too)."""
+    path = Path(re.sub(r"^(\w[\w-]*:)+", "", text)).expanduser()
+    return path if path.is_absolute() or ".." in path.parts or _exists(path) else None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def rebuild(
@@ -158,26 +197,17 @@ def images_of(path: str | os.PathLike[str]) -> ImageList:
     Raises `StartError` where they cannot be found so.
     """
     with open_finished_or_partial(path) as file:
-        roots = _roots(file)
+        roots = recorded_roots(file)
         keys = file.keys
-    shown = roots[0] if roots else "FOLDER"
+    command = f"bbx extract --like {path}"
     if len(roots) != 1:
-        raise StartError(
-            f"the images of {path} lay in {len(roots)} folders", f"name them: bbx extract --like {path} {shown}"
-        )
-    if not _is_near(Path(roots[0]), path):
+        raise StartError(f"the images of {path} lay in {len(roots)} folders", f"name them: {command} FOLDER …")
+    if not is_near(Path(roots[0]), path):
         raise StartError(
             f"the images of {path} lay in {roots[0]}, neither below the current folder nor below the file's",
-            f"a path from a file is not followed; if you trust it: bbx extract --like {path} {shown}",
+            f"a path from a file is not followed; if you trust it: {command} {roots[0]}",
         )
+    for key in keys:
+        if key.startswith("/") or ".." in key.split("/") or "\0" in key:
+            raise StartError(f"the key {key!r} of {path} leads out of its folder", f"name the images: {command} FOLDER")
     return ImageList(keys, roots, _runs=[(0, roots[0], 0)])
-
-
-def _roots(file: FeatureFile) -> list[str]:
-    recorded = next((attempt["roots"] for attempt in file.attempts if "roots" in attempt), None)
-    return [root for root in recorded if isinstance(root, str)] if isinstance(recorded, list) else []
-
-
-def _is_near(path: Path, near: str | os.PathLike[str] | None) -> bool:
-    folders = [Path.cwd().resolve(), *([Path(near).resolve().parent] if near is not None else [])]
-    return any(path.resolve().is_relative_to(folder) for folder in folders)

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from bbx.backbone import Backbone, normalise
-from bbx.errors import UsageError
-from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, find_images, read_image
+from bbx.errors import ImageError, UsageError
+from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, decode_one, find_images, read_image
 from bbx.images.decoders import TIMEOUT
 from bbx.loop import Progress, run_loop
 from bbx.plan import Plan, Summary, attempt, cores, find_device, free_nbytes
@@ -152,7 +152,8 @@ def extract(
         summary.notes.append(
             f"{path} is complete as it is: bbx merge {path} -o packed.h5 --compress {compress} packs it"
         )
-    if not dry_run and target.state != "complete":
+    # A complete output with a .partial beside it may be what a kill right after packing left: the writer sees to it.
+    if not dry_run and (target.state != "complete" or path.with_name(f"{path.name}.partial").exists()):
         with FeatureWriter.open(
             path, run, found.keys, attempt=attempt(plan), mode=mode, retry_failed=retry_failed, compress=compress,
             stop=stop, packing=_packing(summary, progress),
@@ -256,7 +257,9 @@ def features(backbone: Backbone, path: str | os.PathLike[str]) -> tuple[NDArray[
 
     Raises `ImageError`.
     """
-    cells = read_image(path, backbone.preprocess)
+    cells = decode_one(path, backbone.preprocess)
+    if isinstance(cells, str):
+        raise ImageError(cells)
     device = next(backbone.network.parameters(), torch.empty(0)).device
     with torch.inference_mode():
         maps = backbone(normalise(torch.from_numpy(cells)[None].to(device), backbone.preprocess))

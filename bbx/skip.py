@@ -62,7 +62,7 @@ def _has_changed(path: str, before: InputFile) -> bool:
         return False  # a file of format 1.0 does not say
     try:
         facts = Path(path).stat()
-        if (facts.st_size, facts.st_mtime_ns) == (before.nbytes, before.mtime_ns):
+        if InputFile.of(facts.st_size, facts.st_mtime_ns) == before._replace(digest=b""):
             return False
         if facts.st_size != before.nbytes or not before.digest:
             return True

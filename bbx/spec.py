@@ -193,6 +193,11 @@ class InputFile(NamedTuple):
     mtime_ns: int = 0
     digest: bytes = b""
 
+    @classmethod
+    def of(cls, nbytes: int, mtime_ns: int) -> InputFile:
+        """A file by its stat; a time beyond the year 2262, which 64 bits of nanoseconds cannot hold, is their end."""
+        return cls(nbytes, max(-(1 << 63), min(mtime_ns, (1 << 63) - 1)))
+
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:

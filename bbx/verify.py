@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from bbx.diff import TOLERANCE, relative_errors
 from bbx.errors import EXIT_SOME_FAILED, StartError, UsageError
+from bbx.images import Decoders, DecodeSettings, cell_dtype
 from bbx.pictures import Locate, locate, roots
-from bbx.spec import InputFile, Precision, RunSpec
+from bbx.spec import InputFile, Precision
 from bbx.store import FeatureFile
 from bbx.store.check import Health, Progress, check_file, read_checked
 
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
-    from bbx.images import Decoders
 
 Outcome = Literal["equal", "differs", "missing", "unreadable"]
 
@@ -87,6 +87,8 @@ def verify(
     weights: str | None = None,
     device: str = "auto",
     tolerance: float = TOLERANCE,
+    image_timeout: float = TIMEOUT,
+    max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
     on_row: Callable[[Recomputed], None] | None = None,
 ) -> Verdict:
@@ -95,7 +97,7 @@ def verify(
     `root` is the folder that the keys are relative to; without it the recorded one counts where it lies in the current
     folder or in the file's. `weights` says where the recorded weights are now, if elsewhere. `tolerance` is of a row's
     largest value, and at least what the file's own dtype and precision round to. `progress` hears of the check,
-    `on_row` of each row that was recomputed.
+    `on_row` of each row that was recomputed. `image_timeout` and `max_pixels` as in `bbx.extract`.
 
     Raises `FileError` for what is no feature file, `StartError` where the pictures cannot be found, `WeightsError`
     where the recorded weights cannot be had, `UsageError`.
@@ -111,7 +113,8 @@ def verify(
         backbone = _backbone(file, weights, device)
         health = check_file(path, progress=progress)
         limit = max(tolerance, ROUNDING[file.run.precision], _FLOAT16 if file.run.dtype == "float16" else 0.0)
-        again = _Again(file, backbone, locate(file, root), limit)
+        decoding = DecodeSettings(file.run.preprocess, image_timeout, max_pixels)
+        again = _Again(file, backbone, locate(file, root), limit, decoding)
         found = []
         for row in again.rows(_chosen(file, recompute, seed)):
             found.append(row)
@@ -137,7 +140,10 @@ def _backbone(file: FeatureFile, weights: str | None, device: str) -> Backbone:
 class _Again:
     """The extraction of single rows, and its comparison with what is stored."""
 
-    def __init__(self, file: FeatureFile, backbone: Backbone, find: Locate, limit: float) -> None:
+    def __init__(
+        self, file: FeatureFile, backbone: Backbone, find: Locate, limit: float, decoding: DecodeSettings
+    ) -> None:
+        self._decoding = decoding
         self._file = file
         self._backbone = backbone
         self._find = find
@@ -145,9 +151,7 @@ class _Again:
 
     def rows(self, rows: Sequence[int]) -> Iterator[Recomputed]:
         """Each row, as it is done."""
-        from bbx.images import Decoders, DecodeSettings
-
-        with Decoders(1, DecodeSettings(self._file.run.preprocess)) as decoders:
+        with Decoders(1, self._decoding) as decoders:
             for row in rows:
                 yield self._row(row, decoders)
 
@@ -155,7 +159,7 @@ class _Again:
         key, path = self._file.keys[row], self._find(row)
         if path is None:
             return Recomputed(row, key, "missing", {}, ("the picture is not there any more",))
-        pixels = np.zeros((1, *self._file.run.preprocess.size, 3), _cell_dtype(self._file.run))
+        pixels = np.zeros((1, *self._file.run.preprocess.size, 3), cell_dtype(self._file.run.preprocess))
         answer = decoders.submit(os.fspath(path), pixels[0]).result()
         changed = _changed(self._file.inputs([row])[0], answer.file)
         if answer.reason:
@@ -190,14 +194,6 @@ class _Again:
                 errors[name] = math.inf
                 why.append(f"the model gives no {name} of shape {stage.shape} any more")
         return errors, why
-
-
-def _cell_dtype(run: RunSpec) -> np.dtype[Any]:
-    if not run.preprocess.processor:
-        return np.dtype(np.uint8)
-    from bbx.processor import cell_dtype
-
-    return cell_dtype(run.preprocess)
 
 
 def _device_of(backbone: Backbone) -> str:

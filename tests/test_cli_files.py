@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -176,3 +177,56 @@ def test_a_signal_reaches_the_command_behind_the_shield(tmp_path: Path) -> None:
     run.send_signal(signal.SIGTERM)
     run.communicate()
     assert run.returncode == 143
+
+
+def test_no_command_outlives_its_parent(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "never")
+    run = meeting(tmp_path, "wait")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "here\n"
+    child = next(int(text) for text in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1]:
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+def test_rows_of_large_pictures_are_confirmed_under_the_limit_they_were_made_with(bbx_cli, tmp_path, picture) -> None:
+    picture(tmp_path / "in" / "a.png", size=(48, 40))
+    bbx_cli("extract", "--model", "toy", "in")
+    assert bbx_cli("verify", "features.h5", "--recompute", 1, "--max-pixels", 1000).code == 4
+    assert bbx_cli("verify", "features.h5", "--recompute", 1, "--max-pixels", 2000).code == 0
+
+
+def test_export_and_merge_refuse_a_row_whose_mark_was_changed(bbx_cli, done) -> None:
+    with h5py.File(done) as file:
+        offset = file["status"].id.get_offset()
+    for mark in (0, 2):
+        with done.open("r+b") as raw:
+            raw.seek(offset + 3)
+            raw.write(bytes([mark]))
+        for words in (
+            ("export", "features.h5", "--to", "npy"),
+            ("info", "features.h5"),
+            ("merge", "features.h5", "-o", "m.h5"),
+        ):
+            ran = bbx_cli(*words)
+            assert ran.code == 3, (mark, words)
+
+
+@pytest.mark.parametrize("name", ["m.h5.merging", "m.h5.lock", "m.h5.packing"])
+def test_a_link_in_the_place_of_a_draft_is_not_followed(bbx_cli, done, tmp_path, name) -> None:
+    (tmp_path / "precious.txt").write_text("precious")
+    (tmp_path / name).symlink_to(tmp_path / "precious.txt")
+    compress = ["--compress", "gzip"] * name.endswith("packing")
+    assert bbx_cli("merge", "features.h5", "-o", "m.h5", *compress).code == 3
+    assert (tmp_path / "precious.txt").read_text() == "precious"
+
+
+def test_a_source_with_a_drafts_name_is_not_destroyed(bbx_cli, done, tmp_path) -> None:
+    done.rename(tmp_path / "m.h5.merging")
+    before = (tmp_path / "m.h5.merging").read_bytes()
+    assert bbx_cli("merge", "m.h5.merging", "-o", "m.h5").code == 2
+    assert (tmp_path / "m.h5.merging").read_bytes() == before

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from bbx.errors import StartError, UsageError, WeightsError
 from bbx.rebuild import rebuild
 from bbx.runner import extract
 from bbx.spec import RunSpec
+from tests.test_store_toys import RUN
 
 
 @pytest.fixture
@@ -309,3 +312,106 @@ def test_packing_is_told_while_it_goes_on(pictures, tmp_path) -> None:
     extract(pictures, model="toy", compress="gzip", output=tmp_path / "f.h5", progress=lambda s: told.append(s.packed))
     assert told[0] == 0
     assert told[-1] == 1
+
+
+def forged(path: Path, **changes: object) -> None:
+    """Changes what the file says of how its model was asked for, as whoever forges a file would."""
+    from tests.test_store_toys import relabel
+
+    with h5py.File(path, "r+") as file:
+        run = json.loads(file["provenance/run"].asstr()[()])
+        run["source"] = json.dumps({**json.loads(run["source"]), **changes})
+        file["provenance/run"][()] = json.dumps(run, sort_keys=True)
+        relabel(file)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights": "../../outside/w.pth"},
+        {"weights": "~/w.pth"},
+        {"weights": "/etc/passwd"},
+        {"model": "transformers:/tmp"},
+        {"model": "timm:local-dir:/tmp"},
+        {"model": "../elsewhere"},
+        {"config": {"backbone": {"model": "resnet18", "weights": "/etc/passwd"}}},
+        {"config": {"backbone": {"model": ["/etc"]}}},
+    ],
+)
+def test_no_path_of_any_form_is_followed_from_a_strangers_file(bbx_cli, done, changes) -> None:
+    forged(done, **changes)
+    for words in (
+        ("extract", "--like", "features.h5", "-o", "x.h5", "pictures"),
+        ("verify", "--recompute", 1, "features.h5"),
+    ):
+        ran = bbx_cli(*words)
+        assert ran.code == 3
+        assert "a path from a file is not followed" in ran.err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 10**40}, {"seed": "0"}, {"config": 5}, {"config": "/etc/passwd"}, {"size": [1]}, {"size": {"a": 1}},
+     {"model": 7}, {"weights": "a\0b"}, {"tokens": 3}],
+)  # fmt: skip
+def test_nonsense_in_a_file_is_an_error_of_the_file(bbx_cli, done, changes) -> None:
+    forged(done, **changes)
+    ran = bbx_cli("extract", "--like", "features.h5", "-o", "x.h5", "pictures")
+    assert ran.code == 3
+    assert "does not say how its model was asked for" in ran.err
+
+
+def test_nonsense_nested_deeper_than_python_goes_is_one_too() -> None:
+    from bbx.rebuild import request_of
+
+    with pytest.raises(bbx.BbxError, match="does not say how"):
+        request_of(replace(RUN, source="[" * 100_000))
+
+
+@pytest.mark.parametrize("key", ["../secret.png", "/tmp/secret.png", "a/../../secret.png"])
+def test_keys_that_lead_out_of_their_folder_are_not_followed(bbx_cli, tmp_path, picture, key) -> None:
+    from bbx.store import FeatureWriter
+
+    picture(tmp_path / "secret.png")
+    extract(picture(tmp_path / "in" / "a.png").parent, model="toy", output=tmp_path / "honest.h5")
+    with bbx.open(tmp_path / "honest.h5") as honest:
+        run = honest.run
+    with FeatureWriter.open(tmp_path / "f.h5", run, [key], attempt={"roots": [str(tmp_path / "in")]}) as writer:
+        writer.fail(0, "not there")
+    ran = bbx_cli("extract", "--like", "f.h5", "-o", "x.h5")
+    assert ran.code == 3
+    assert "leads out of its folder" in ran.err
+
+
+def test_images_of_several_folders_are_not_guessed_at(bbx_cli, tmp_path, picture) -> None:
+    for number, folder in enumerate(("a", "b")):
+        picture(tmp_path / folder / f"{number}.png", number)
+        extract(tmp_path / folder, model="toy", output=tmp_path / f"{folder}.h5")
+    picture(tmp_path / "a" / "1.png", 99)  # of the name of b's
+    assert bbx_cli("merge", "a.h5", "b.h5", "-o", "all.h5").code == 0
+    ran = bbx_cli("extract", "--like", "all.h5", "--stages", "stem", "-o", "x.h5")
+    assert ran.code == 3
+    assert "lay in 2 folders" in ran.err
+    ran = bbx_cli("verify", "all.h5", "--recompute", 2)  # by the recorded size and time, each finds its own
+    assert ran.code == 0, ran.out
+
+
+def test_a_picture_of_a_time_beyond_2262_is_a_row_like_any(tmp_path, picture) -> None:
+    path = picture(tmp_path / "in" / "far.png")
+    os.utime(path, ns=(10**19, 10**19))
+    assert extract(tmp_path / "in", model="toy", output=tmp_path / "f.h5").done == 1
+    assert bbx.open(tmp_path / "f.h5").inputs()[0].mtime_ns == (1 << 63) - 1
+    with pytest.raises(StartError, match="nothing to extract"):
+        extract(tmp_path / "in", model="toy", skip_in=tmp_path / "f.h5", output=tmp_path / "g.h5")
+
+
+def test_what_a_kill_right_after_packing_left_is_cleared(bbx_cli, pictures, tmp_path) -> None:
+    options = {"model": "toy", "output": tmp_path / "f.h5", "compress": "gzip"}
+    extract(pictures, model="toy", output=tmp_path / "f.h5")
+    plain = (tmp_path / "f.h5").read_bytes()
+    (tmp_path / "f.h5").rename(tmp_path / "f.h5.partial")
+    extract(pictures, **options)  # packs what is complete
+    (tmp_path / "f.h5.partial").write_bytes(plain)
+    extract(pictures, **options)
+    assert sorted(path.name for path in tmp_path.glob("f.h5*")) == ["f.h5"]
+    assert bbx.open(tmp_path / "f.h5").packed

@@ -188,3 +188,42 @@ def test_the_labels_of_a_run_do_not_make_another_run() -> None:
     assert other == RUN
     assert other.sha256 == RUN.sha256
     assert type(RUN).from_json(other.to_json()).source == other.source
+
+
+def test_no_thread_writes_to_a_descriptor_after_an_interrupt_of_the_end(tmp_path: Path, monkeypatch) -> None:
+    import threading
+    import time
+
+    from bbx.store import disk
+
+    writer = FeatureWriter.open(tmp_path / "f.h5", RUN, KEYS)
+    writer.write([0], row_maps([0]))
+    begun, go_on, real, late = threading.Event(), threading.Event(), disk.make_durable, []
+
+    def slow(fd: int) -> None:
+        begun.set()
+        go_on.wait(30)
+        real(fd)
+
+    monkeypatch.setattr(disk, "make_durable", slow)
+    write_at = disk.write_at
+    monkeypatch.setattr(
+        disk, "write_at", lambda fd, data, at: (late.append(writer._rows._closed), write_at(fd, data, at))[1]
+    )
+    writer._committer._wake.set()
+    assert begun.wait(30)
+    join, times = threading.Thread.join, []
+
+    def interrupted(self: threading.Thread, *given: float) -> None:
+        if self is writer._committer._thread and not times:
+            times.append(time.monotonic())
+            threading.Timer(0.2, go_on.set).start()
+            raise KeyboardInterrupt
+        join(self, *given)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    assert late
+    assert not any(late)
+    assert not writer._committer._thread.is_alive()

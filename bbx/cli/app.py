@@ -51,6 +51,8 @@ NormOption = Annotated[
     Norm | None, typer.Option("--norm", help="native: what the library's own backbone class gives (default: raw)")
 ]
 Tokens = Annotated[bool | None, typer.Option("--tokens", help="A plain ViT's stages as tokens, class token kept")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds that one image may take (default: 60.0)", metavar="S")]
+MaxPixels = Annotated[int | None, typer.Option(help="Of the largest image to decode (default: 178956970)", metavar="N")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
 

@@ -14,6 +14,7 @@ from bbx.cli.app import (
     Exif,
     Json,
     Layers,
+    MaxPixels,
     Model,
     NormOption,
     Quiet,
@@ -21,6 +22,7 @@ from bbx.cli.app import (
     Seed,
     Size,
     Stages,
+    Timeout,
     Tokens,
     Weights,
     app,
@@ -81,12 +83,8 @@ def extract(
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="The same bits each time, also after a kill")
     ] = None,
-    image_timeout: Annotated[
-        float | None, typer.Option(help="Seconds that one image may take (default: 60.0)", metavar="S")
-    ] = None,
-    max_pixels: Annotated[
-        int | None, typer.Option(help="Of the largest image to decode (default: 178956970)", metavar="N")
-    ] = None,
+    image_timeout: Timeout = None,
+    max_pixels: MaxPixels = None,
     digest: Annotated[
         bool | None, typer.Option("--digest/--no-digest", help="Record each image file's BLAKE2b (default: yes)")
     ] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bbx.cli.app import EXIT_CODES, Json, Quiet, Stages, Weights, app, given, print_json
+from bbx.cli.app import EXIT_CODES, Json, MaxPixels, Quiet, Stages, Timeout, Weights, app, given, print_json
 from bbx.cli.signals import signals
 from bbx.spec import Compress
 
@@ -26,6 +26,8 @@ def verify(
     tolerance: Annotated[
         float | None, typer.Option(help="Of a row's largest value (default: 1e-05)", metavar="X")
     ] = None,
+    image_timeout: Timeout = None,
+    max_pixels: MaxPixels = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -34,7 +36,10 @@ def verify(
         from bbx import reports
         from bbx.verify import verify as check
 
-        options = given(recompute=recompute, root=root, weights=weights, device=device, seed=seed, tolerance=tolerance)
+        options = given(
+            recompute=recompute, root=root, weights=weights, device=device, seed=seed, tolerance=tolerance,
+            image_timeout=image_timeout, max_pixels=max_pixels,
+        )  # fmt: skip
         with nullcontext() if quiet else reports.progress("checking") as progress:
             verdict = check(file, progress=progress, **options)
     print_json(reports.facts_of(verdict)) if as_json else reports.verdict(verdict, quiet=quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -25,8 +26,11 @@ _CRASHES = {
 
 def shielded(main: Callable[[], NoReturn]) -> None:
     """Runs `main`, which exits, in a child, and exits as it did. Raises `FileError` where it crashed."""
+    parent, mask = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     pid = os.fork()
     if pid == 0:
+        _end_with(parent)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _try_to_open([Path(word) for word in sys.argv[2:] if not word.startswith("-")])
         main()
 
@@ -36,12 +40,22 @@ def shielded(main: Callable[[], NoReturn]) -> None:
     # A terminal's Ctrl-C reaches the child by itself; a SIGTERM to this process alone does not.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, pass_on)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if -code == signal.SIGXCPU:
         raise FileError(f"HDF5 does not come to an end with it: {_command()}", _HINT)
     if -code in _CRASHES:
         raise FileError(f"HDF5 crashed on it ({signal.Signals(-code).name}): {_command()}", _HINT)
     sys.exit(128 - code if code < 0 else code)
+
+
+def _end_with(parent: int) -> None:
+    """On Linux: a parent that is killed takes this process with it."""
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _try_to_open(files: list[Path]) -> None:

@@ -106,11 +106,7 @@ class Source:
 
     def check_seals(self) -> None:
         """Raise `FileError` for a row whose key or mark was changed since it was written; 1.0 files cannot tell."""
-        if not self.file.sealed:
-            return
-        broken = np.intersect1d(self.file.broken_seals(), self.rows[self.status == format.DONE])
-        if len(broken):
-            raise self._damaged(int(broken[0]), "its key, mark or checksums do not match their seal")
+        self.file.check_marks()
 
     def facts(self, holds: list[str]) -> dict[str, Any]:
         """Where the export comes from, as JSON data. `holds` are the names in its folder, by which it is known."""

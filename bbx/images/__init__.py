@@ -3,7 +3,7 @@
 Needs Pillow and numpy only, so that drawing a picture beside its maps never pays for torch.
 """
 
-from bbx.images.decoders import Decoders, DecodeSettings
+from bbx.images.decoders import Decoders, DecodeSettings, cell_dtype, decode_one
 from bbx.images.find import find_images
 from bbx.images.read import MAX_PIXELS, prepare, read_image
 from bbx.images.rows import ImageList
@@ -14,6 +14,8 @@ __all__ = [
     "DecodeSettings",
     "Decoders",
     "ImageList",
+    "cell_dtype",
+    "decode_one",
     "digest_file",
     "find_images",
     "prepare",

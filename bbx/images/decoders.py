@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import BbxError, StartError
@@ -31,6 +32,8 @@ TIMEOUT = 60.0
 # The very modules that this process sees, wherever they come from; -P: nothing from the current folder besides.
 _COMMAND = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from bbx.images.worker import main; main()"
 _TICK = 0.25
+# Its pipes close before a process that crashes has ended: time to learn of what.
+_LAST_WORDS = 2.0
 # What a start may take, on a busy network disk.
 _START_SECONDS = 300.0
 
@@ -78,6 +81,8 @@ class Decoders:
                 process.kill()
         self._threads.shutdown(cancel_futures=True)
         self._watch.join()
+        for process in self._processes:
+            process.reap()
 
     def __enter__(self) -> Self:
         return self
@@ -125,6 +130,23 @@ class Decoders:
             with self._lock:
                 for process in self._processes:
                     process.tick(step, self._settings.timeout)
+
+
+def decode_one(path: str | os.PathLike[str], preprocess: Preprocess) -> NDArray[Any] | str:
+    """One image in a process of its own, `(h, w, 3)` in the preprocessing's cells; or the reason why it has none."""
+    cells = np.zeros((*preprocess.size, 3), cell_dtype(preprocess))
+    with Decoders(1, DecodeSettings(preprocess, digest=False)) as decoders:
+        answer = decoders.submit(os.fspath(path), cells).result()
+    return answer.reason or cells
+
+
+def cell_dtype(preprocess: Preprocess) -> np.dtype[Any]:
+    """Of decoded pixels: uint8, but for some of transformers' image processors."""
+    if not preprocess.processor:
+        return np.dtype(np.uint8)
+    from bbx.processor import cell_dtype as of_processor
+
+    return of_processor(preprocess)
 
 
 class _Process:
@@ -208,17 +230,25 @@ class _Process:
         """Ends it."""
         self._child.kill()
 
+    def reap(self, patience: float = 0.0) -> int:
+        """Waits `patience` seconds for its own end, then makes one; its exit code."""
+        try:
+            code = self._child.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            code = self._child.wait()
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe:
+                _close(pipe)
+        return code
+
     def alive(self) -> bool:
         """Whether it still runs."""
         return self._child.poll() is None
 
     def epitaph(self, limit: float) -> str:
         """Why it died."""
-        self.kill()
-        code = self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
-            if pipe:
-                _close(pipe)
+        code = self.reap(patience=0.0 if self.overdue else _LAST_WORDS)
         if self.overdue:
             return f"took longer than {limit:g} s to decode (--image-timeout)"
         if code == -signal.SIGKILL:
@@ -259,4 +289,4 @@ def _facts(path: str) -> InputFile:
         found = Path(path).stat()
     except OSError:
         return InputFile()
-    return InputFile(found.st_size, found.st_mtime_ns)
+    return InputFile.of(found.st_size, found.st_mtime_ns)

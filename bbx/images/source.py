@@ -39,7 +39,7 @@ def open_regular(path: str) -> BinaryIO:
 def facts_of(file: BinaryIO) -> InputFile:
     """Size and mtime of an open file."""
     found = os.fstat(file.fileno())
-    return InputFile(found.st_size, found.st_mtime_ns)
+    return InputFile.of(found.st_size, found.st_mtime_ns)
 
 
 def held(file: BinaryIO, facts: InputFile) -> BinaryIO:

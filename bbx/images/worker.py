@@ -88,6 +88,7 @@ def _limit_memory(max_pixels: int) -> None:
 
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         room = pages * resource.getpagesize() + _MOST_NBYTES_PER_PIXEL * max_pixels + _ROOM_NBYTES
+        room = min(room, 1 << 62)
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (room if hard < 0 else min(room, hard), hard))
 

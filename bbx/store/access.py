@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import FileError, UsageError
-from bbx.store import disk, format, trust, virtual
+from bbx.store import chunks, disk, format, trust, virtual
 from bbx.store.format import Column
 from bbx.store.target import partial_path
 
@@ -98,13 +98,19 @@ class Access:
                 if column.offset is not None:
                     disk.read_at(handle.opened.fd, part.view(np.uint8), column.offset + first * column.row_nbytes)
                 else:
-                    with handle.lock:
-                        handle.opened.file[column.name].read_direct(part, np.s_[first:last])
-                        sums = functools.partial(
-                            handle.opened.rows, format.checksum_name(column.name), first, last - first
-                        )
-                        virtual.refuse_fill(part, sums)
+                    self._fill_through_hdf5(handle, column.name, first, last, part)
             done += last - first
+
+    @staticmethod
+    def _fill_through_hdf5(handle: _Handle, name: str, first: int, last: int, part: NDArray[Any]) -> None:
+        with handle.lock:
+            data = handle.opened.file[name]
+            if data.is_virtual:
+                data.read_direct(part, np.s_[first:last])
+                sums = functools.partial(handle.opened.rows, format.checksum_name(name), first, last - first)
+                virtual.refuse_fill(part, sums)
+                return
+        chunks.read(data, first, last, part, lock=handle.lock)
 
     def close(self) -> None:
         """Close this process's handles, for good."""

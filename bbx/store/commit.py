@@ -72,7 +72,14 @@ class Committer:
         """End the thread; a commit that is under way ends first."""
         self._stopping = True
         self._wake.set()
-        self._thread.join()
+        interrupt: BaseException | None = None
+        while self._thread.is_alive():
+            try:
+                self._thread.join()
+            except BaseException as error:  # Ctrl-C: not before the thread is done with the descriptor.
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _run(self) -> None:
         while not self._stopping:

@@ -54,6 +54,9 @@ def pack(source: Path, out: Path, *, progress: Progress | None = None, stop: Sto
     then stays as it was.
     """
     draft = out.with_name(out.name + ".packing")
+    disk.refuse_link(draft)
+    if source == draft:
+        raise StartError(f"{source} is the name of a draft of {out}", "rename it first")
     try:
         opened = trust.open_checked(source)
         try:

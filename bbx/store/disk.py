@@ -87,6 +87,12 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def refuse_link(path: Path) -> None:
+    """Raise `StartError` where a file that is about to be made is a link: what it leads to is somebody else's."""
+    if path.is_symlink():
+        raise StartError(f"{path} is a symbolic link, where bbx makes a file of its own", f"rm {path}")
+
+
 def check_room(path: Path, nbytes: int) -> None:
     """Raise `StartError`, with both figures, where the file system of `path` has less than `nbytes` free."""
     free = shutil.disk_usage(path.parent).free

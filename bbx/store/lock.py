@@ -53,7 +53,7 @@ class WriterLock:
 
     def _take(self) -> int:
         while True:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             try:
                 if not try_lock(fd, shared=False):
                     raise StartError(f"{self.path} is held by {self._holder()}", "wait for that run, or stop it")

@@ -103,7 +103,10 @@ def merge(
 
 
 def _refuse_output_among(sources: Sequence[Source], out: Path) -> None:
+    drafts = {out.with_name(out.name + ending).resolve() for ending in (".merging", ".packing")}
     for source in sources:
+        if source.path.resolve() in drafts:
+            raise UsageError(f"{source.path} has the name of a draft of {out}", "give another name with -o")
         if out.exists() and os.path.samestat(os.fstat(source.opened.fd), out.stat()):
             raise UsageError(f"{out} is the output and one of the files to merge", "give another name with -o")
 
@@ -184,6 +187,10 @@ class _Merge:
             carry.write_attempts(fd, columns, self._starts)
             for first in range(0, len(self._marks), block):
                 facts = self._join.facts(first, min(first + block, len(self._marks)))
+                if (facts.status == format.PENDING).any():  # a retry began since the sources were opened
+                    raise StartError(
+                        "a source is being written to: some of its rows are pending now", "wait for that run"
+                    )
                 self._marks[first : first + block] = facts.status
                 carry.write_facts(fd, columns, names, first, facts, status=False)
                 for place, name in enumerate(names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,11 +37,16 @@ class Rows:
             lock.disown(self.fd)
             raise StartError(f"{path} is open for writing in another program", "close it there")
         self._pool = ThreadPoolExecutor(1, "bbx-checksum")
+        # A thread that outlived an interrupt must not write to a descriptor that is somebody else's by then.
+        self._using = threading.Lock()
+        self._closed = False
 
     def close(self) -> None:
         """Let go of the file."""
-        self._pool.shutdown()
-        lock.disown(self.fd)
+        with self._using:
+            self._closed = True
+            self._pool.shutdown()
+            lock.disown(self.fd)
 
     def put(
         self,
@@ -56,6 +62,19 @@ class Rows:
         """
         if len(inputs) != len(places):
             raise UsageError(f"{len(inputs)} input files for {len(places)} rows", "one for each")
+        with self._using:
+            if self._closed:
+                raise UsageError(f"the writer of {self._path} is closed")
+            self._put(places, arrays, status, inputs, reason)
+
+    def _put(
+        self,
+        places: NDArray[np.int64],
+        arrays: Mapping[str, NDArray[Any]],
+        status: int,
+        inputs: Sequence[InputFile],
+        reason: bytes,
+    ) -> None:
         sums = np.empty((len(places), len(arrays)), "<u4")
         for column, (name, array) in enumerate(arrays.items()):
             waiting = self._pool.submit(_checksums, array)  # beside the write: both let go of the interpreter

@@ -105,6 +105,7 @@ def lay_out(
 
 def _check_fits(path: Path, run: RunSpec, keys: Sequence[str], stage_nbytes: int) -> None:
     """Meet a full disk here with an error: HDF5 itself crashes the process when its own writes fail."""
+    disk.refuse_link(path)
     # What escapes may make of a key; HDF5 adds some bytes to each text.
     texts = sum(len(key) * (2 if key.isascii() else 6) + 64 for key in keys)
     row = sum(column.row_nbytes for column in format.columns(run) if column.name != format.ATTEMPTS) - run.row_nbytes

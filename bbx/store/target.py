@@ -93,9 +93,6 @@ def _retried(found: Target) -> Target:
     """A finished file whose failed rows are to be tried again."""
     if not found.failed:
         return found
-    unfinished = partial_path(found.path)
-    if unfinished.exists():
-        raise StartError(f"{unfinished} is in the way of retrying rows of {found.path}", "finish or delete it first")
     with_offsets = trust.open_checked(found.path)
     with_offsets.close()
     if any(column.offset is None for column in with_offsets.facts.columns.values()):
@@ -103,6 +100,9 @@ def _retried(found: Target) -> Target:
             f"{found.path} is compressed: its failed rows cannot be written again",
             f"--skip-in {found.path} -o more.h5 extracts what it lacks, and bbx merge puts them together",
         )
+    unfinished = partial_path(found.path)
+    if unfinished.exists():
+        raise StartError(f"{unfinished} is in the way of retrying rows of {found.path}", "finish or delete it first")
     return Target(found.path, "resume", found.failed, found.done, 0, reopen=True)
 
 

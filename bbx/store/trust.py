@@ -28,6 +28,8 @@ from bbx.store.format import Column
 _BLOCK = 16_384
 _FILTERS = {h5py.h5z.FILTER_DEFLATE: 1032, h5py.h5z.FILTER_SHUFFLE: 1, h5py.h5z.FILTER_FLETCHER32: 1}
 """Filters that are let through, each with the largest ratio it can shrink by (deflate's is a fact of its format)."""
+_CHUNK_NBYTES = 64 << 20
+"""A chunk is decoded whole: a larger one is let through only where an image is as large."""
 _HEAP_REFERENCE = np.dtype([("nbytes", "<u4"), ("address", "<u8"), ("index", "<u4")])
 
 
@@ -343,11 +345,16 @@ def _check_chunks(data: h5py.Dataset, plan: h5py.h5p.PropDCID, nbytes: int, size
     unknown = [code for code in filters if code not in _FILTERS]
     if unknown:
         raise FileError(f"{data.name} needs HDF5 filter {unknown[0]}", "bbx reads shuffle, deflate and fletcher32")
+    if len(filters) > len(set(filters)):
+        raise FileError(f"{data.name} has a filter twice")
     chunk = plan.get_chunk()
     if any(part > whole for part, whole in zip(chunk, data.shape, strict=True)):
         raise FileError(f"{data.name} has chunks larger than itself")
     if nbytes > size * math.prod(_FILTERS[code] for code in set(filters)):
         raise FileError(f"{data.name} says it holds {disk.size_text(nbytes)}, more than this file can")
+    held = math.prod(chunk) * data.dtype.itemsize
+    if held > max(_CHUNK_NBYTES, nbytes // data.shape[0]):
+        raise FileError(f"{data.name} has chunks of {disk.size_text(held)}", "h5repack it with one image in a chunk")
 
 
 def _check_sources(data: h5py.Dataset, path: Path) -> None:
