@@ -284,7 +284,7 @@ def info(file: FeatureFile) -> None:
     if run.config:
         grid.add_row("config", plain(run.config))
     for attempt in file.attempts:
-        known = ("time", "end", "host", "device", "unreadable")
+        known = ("time", "end", "host", "device", "merged_from", "unreadable")
         facts = ", ".join(f"{name} {attempt[name]}" for name in known if attempt.get(name))
         grid.add_row("start", plain(facts))
     console.print(grid)

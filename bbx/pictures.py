@@ -48,13 +48,17 @@ def locate(file: FeatureFile, root: str | os.PathLike[str] | None = None) -> Loc
         if len(found) < 2:
             return found[0] if found else None
         recorded = file.inputs([row])[0]._replace(digest=b"")
-        return next((path for path in found if _facts(path) == recorded), found[0])
+        return next((path for path in found if facts_of(path) == recorded), found[0])
 
     return find
 
 
-def _facts(path: Path) -> InputFile:
-    found = path.stat()
+def facts_of(path: Path) -> InputFile:
+    """Size and time of what is at `path` now, all zero where nothing is."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return InputFile()
     return InputFile.of(found.st_size, found.st_mtime_ns)
 
 

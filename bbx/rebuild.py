@@ -14,10 +14,11 @@ from bbx.assembly import assemble
 from bbx.backbone import Backbone
 from bbx.errors import FileError, StartError, UsageError, WeightsError
 from bbx.images import ImageList
-from bbx.pictures import is_near, recorded_roots
+from bbx.pictures import facts_of, is_near, recorded_roots
 from bbx.providers import load_backbone, resolve
 from bbx.recipe import read as read_config
-from bbx.spec import ExifMode, Norm, ResizeMode, RunSpec
+from bbx.skip import has_changed
+from bbx.spec import ExifMode, InputFile, Norm, ResizeMode, RunSpec
 from bbx.store import open_finished_or_partial
 
 _RANDOM = re.compile(r"random \(seed (\d+)\)")
@@ -194,20 +195,43 @@ def options_of(path: str | os.PathLike[str], given: Collection[str]) -> tuple[Ru
 def images_of(path: str | os.PathLike[str]) -> ImageList:
     """The images of a feature file, row by row, where they were: below the current folder or the file's, not elsewhere.
 
-    Raises `StartError` where they cannot be found so.
+    Where they lay in several folders, each is the one of its name that has the recorded size and time. What changed
+    since is named in the list's warnings. Raises `StartError` where an image cannot be told so.
     """
-    with open_finished_or_partial(path) as file:
-        roots = recorded_roots(file)
-        keys = file.keys
     command = f"bbx extract --like {path}"
-    if len(roots) != 1:
-        raise StartError(f"the images of {path} lay in {len(roots)} folders", f"name them: {command} FOLDER …")
-    if not is_near(Path(roots[0]), path):
-        raise StartError(
-            f"the images of {path} lay in {roots[0]}, neither below the current folder nor below the file's",
-            f"a path from a file is not followed; if you trust it: {command} {roots[0]}",
-        )
+    with open_finished_or_partial(path) as file:
+        roots, keys, recorded = recorded_roots(file), file.keys, file.inputs()
+        done = set(file.done.tolist())
+    if not roots:
+        raise StartError(f"{path} does not say where its images lay", f"name them: {command} FOLDER")
+    for root in roots:
+        if not is_near(Path(root), path):
+            raise StartError(
+                f"images of {path} lay in {root}, neither below the current folder nor below the file's",
+                f"a path from a file is not followed; if you trust it: {command} {root}",
+            )
     for key in keys:
         if key.startswith("/") or ".." in key.split("/") or "\0" in key:
             raise StartError(f"the key {key!r} of {path} leads out of its folder", f"name the images: {command} FOLDER")
-    return ImageList(keys, roots, _runs=[(0, roots[0], 0)])
+    if len(roots) == 1:
+        images = ImageList(keys, roots, _runs=[(0, roots[0], 0)])
+    else:
+        images = _of_several(
+            keys, roots, recorded, f"name their folders: bbx extract --like {path} --skip-in {path} FOLDER"
+        )
+    changed = [key for row, key in enumerate(keys) if row in done and has_changed(images.path(row), recorded[row])]
+    if changed:
+        some = ", ".join(map(repr, changed[:5])) + ", …" * (len(changed) > 5)
+        images.warnings.append(f"{len(changed):,} images are not what they were when {path} was made: {some}")
+    return images
+
+
+def _of_several(keys: list[str], roots: list[str], recorded: list[InputFile], hint: str) -> ImageList:
+    runs: list[tuple[int, str, int]] = []
+    for row, (key, before) in enumerate(zip(keys, recorded, strict=True)):
+        found = [root for root in roots if facts_of(Path(root, key)) == before._replace(digest=b"")]
+        if not found or before == InputFile():
+            raise StartError(f"in none of {len(roots)} folders {key!r} is the file that it was", hint)
+        if not runs or runs[-1][1] != found[0]:
+            runs.append((row, found[0], 0))
+    return ImageList(keys, roots, _runs=runs)

@@ -72,11 +72,12 @@ def verdict(result: Verdict, *, quiet: bool = False) -> None:
         confirmed = [row for row in result.recomputed if row.outcome == "equal"]
         largest = max((error for row in confirmed for error in row.errors.values()), default=0.0)
         told = f"{len(confirmed):,} of {len(result.recomputed):,} rows confirmed, largest relative difference"
-        lines.append(("recomputed", f"{told} {largest:.1e} (tolerance {result.tolerance:.1e})"))
+        lines.append(("recomputed", f"{told} of those {largest:.1e} (tolerance {result.tolerance:.1e})"))
     lines += [("other now", text) for text in result.changes]
     lines += [("note", text) for text in health.notes]
     damage = f"{health.damage_total:,} findings in {health.damaged_rows:,} rows"
-    lines.append(("verdict", "sound" if health.sound else f"DAMAGED: {damage}"))
+    doubt = f"; {len(result.differing):,} recomputed rows are NOT CONFIRMED" if result.differing else ""
+    lines.append(("verdict", ("sound" if health.sound else f"DAMAGED: {damage}") + doubt))
     console.print(grid_of(lines))
 
 

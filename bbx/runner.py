@@ -105,7 +105,7 @@ def extract(
     `deterministic`: only algorithms that give the same bits each time, each row at its own place of a whole batch.
     `compress`: the finished file is packed by `gzip`.
     `mode`: `auto` resumes the same run and refuses another's file; `new`, `resume`, `overwrite` insist. `retry_failed`:
-    failed rows are computed again.
+    failed rows are computed again; without `images` and `model`, those of `output`.
     `on_error`: a bad image is a failed row (`skip`) or ends the run (`fail`). `stop` is asked after each batch and
     returns a signal number to stop at. `progress` is called after each batch.
 
@@ -120,6 +120,8 @@ def extract(
     given = {name: value for name, value in wishes.items() if value is not None}
     _check_numbers(batch_size=batch_size, workers=workers, image_timeout=image_timeout, max_pixels=max_pixels)
     _check_words({"mode": mode, "on_error": on_error, "compress": compress, **given})
+    if retry_failed and images is None and like is None and not given:
+        like = output  # nothing but the file itself says what it is to be like
     where = find_device(device)
     run_like, options = _options(given, like)
     found = _images(images, like, skip_in, stdin)  # before the weights, which may be a download

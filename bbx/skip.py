@@ -30,7 +30,7 @@ def unheld(images: ImageList, file: FeatureFile) -> Unheld:
     for row, key in enumerate(images.keys):
         if key not in held:
             rows.append(row)
-        elif _has_changed(images.path(row), recorded[held[key]]):
+        elif has_changed(images.path(row), recorded[held[key]]):
             rows.append(row)
             changed.append(key)
     return Unheld(rows, changed)
@@ -56,7 +56,7 @@ def skip_held(images: ImageList, path: str | os.PathLike[str]) -> ImageList:
     return images.only(found.rows, warnings=notes)
 
 
-def _has_changed(path: str, before: InputFile) -> bool:
+def has_changed(path: str, before: InputFile) -> bool:
     """Whether the file at `path` is another one; content decides where its digest was taken, and mtime where not."""
     if before == InputFile():
         return False  # a file of format 1.0 does not say

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from bbx.diff import TOLERANCE, relative_errors
 from bbx.errors import EXIT_SOME_FAILED, StartError, UsageError
-from bbx.images import Decoders, DecodeSettings, cell_dtype
+from bbx.images import MAX_PIXELS, Decoders, DecodeSettings, cell_dtype
+from bbx.images.decoders import TIMEOUT
 from bbx.pictures import Locate, locate, roots
 from bbx.spec import InputFile, Precision
 from bbx.store import FeatureFile
@@ -86,7 +87,7 @@ def verify(
     seed: int = 0,
     weights: str | None = None,
     device: str = "auto",
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     image_timeout: float = TIMEOUT,
     max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
@@ -96,23 +97,26 @@ def verify(
 
     `root` is the folder that the keys are relative to; without it the recorded one counts where it lies in the current
     folder or in the file's. `weights` says where the recorded weights are now, if elsewhere. `tolerance` is of a row's
-    largest value, and at least what the file's own dtype and precision round to. `progress` hears of the check,
+    largest value; by default 1e-5, or what the file's own dtype and precision round to. `progress` hears of the check,
     `on_row` of each row that was recomputed. `image_timeout` and `max_pixels` as in `bbx.extract`.
 
     Raises `FileError` for what is no feature file, `StartError` where the pictures cannot be found, `WeightsError`
     where the recorded weights cannot be had, `UsageError`.
     """
-    if recompute < 0 or not tolerance >= 0:
-        raise UsageError("--recompute and --tolerance cannot be negative", "--recompute 20 extracts 20 rows again")
+    if recompute < 0:
+        raise UsageError(f"--recompute cannot be {recompute}", "--recompute 20 extracts 20 rows again")
+    if tolerance is not None and not tolerance >= 0:
+        raise UsageError(f"--tolerance cannot be {tolerance}", "0 or a small number, such as 1e-5")
     if not recompute:
-        return Verdict(check_file(path, progress=progress), (), tolerance, ())
+        return Verdict(check_file(path, progress=progress), (), TOLERANCE if tolerance is None else tolerance, ())
     with FeatureFile(path, partial=not Path(path).exists()) as file:
         if not roots(file, root):
             raise StartError(f"the pictures of {path} cannot be found", "name their folder with --root FOLDER")
         # Before the check, which may take long: what cannot be recomputed is said at once.
         backbone = _backbone(file, weights, device)
         health = check_file(path, progress=progress)
-        limit = max(tolerance, ROUNDING[file.run.precision], _FLOAT16 if file.run.dtype == "float16" else 0.0)
+        rounding = (TOLERANCE, ROUNDING[file.run.precision], _FLOAT16 if file.run.dtype == "float16" else 0.0)
+        limit = max(rounding) if tolerance is None else tolerance
         decoding = DecodeSettings(file.run.preprocess, image_timeout, max_pixels)
         again = _Again(file, backbone, locate(file, root), limit, decoding)
         found = []

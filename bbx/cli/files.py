@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from bbx.cli.app import EXIT_CODES, Json, MaxPixels, Quiet, Stages, Timeout, Weights, app, given, print_json
+from bbx.cli.app import EXIT_CODES, Json, MaxPixels, Quiet, Timeout, Weights, app, given, print_json
 from bbx.cli.signals import signals
 from bbx.spec import Compress
 
+AllStages = Annotated[str | None, typer.Option(help="stem,stage2 · 0,-1 · stem..stage2 (default: all)", metavar="LIST")]
 Root = Annotated[str | None, typer.Option(help="The folder of the file's images", metavar="FOLDER")]
 
 
@@ -24,7 +25,7 @@ def verify(
     device: Annotated[str | None, typer.Option(help="For --recompute (default: auto)", metavar="D")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice of rows (default: 0)", metavar="N")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Of a row's largest value (default: 1e-05)", metavar="X")
+        float | None, typer.Option(help="Of a row's largest value (default: 1e-05, more for float16)", metavar="X")
     ] = None,
     image_timeout: Timeout = None,
     max_pixels: MaxPixels = None,
@@ -50,7 +51,7 @@ def verify(
 def diff(
     a: Annotated[str, typer.Argument(help="A feature file", metavar="A")],
     b: Annotated[str, typer.Argument(help="Another one", metavar="B")],
-    stages: Stages = None,
+    stages: AllStages = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Of a row's largest value (default: 1e-05)", metavar="X")
     ] = None,
@@ -106,7 +107,7 @@ def export(
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="PATH", help="Default: beside the file, by its name")
     ] = None,
-    stages: Stages = None,
+    stages: AllStages = None,
     missing: Annotated[
         str | None, typer.Option(help="Failed and pending rows: skip, or nan (default: skip)", metavar="WORD")
     ] = None,

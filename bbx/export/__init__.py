@@ -80,8 +80,8 @@ def export(
     Raises `UsageError` for a stage or a format that does not fit, `StartError` for an output that exists,
     `MissingExtraError`, `FileError` for a damaged row, `WriteError` for a full disk; then nothing is left behind.
     """
-    one_of("to", to, To)
-    one_of("missing", missing, Missing)
+    one_of("--to", to, To)
+    one_of("--missing", missing, Missing)
     safetensors.check_shard_nbytes(shard_nbytes)
     form = FORMATS[to]
     with open_finished_or_partial(path) as file:

@@ -169,7 +169,7 @@ def _fletcher32(data: memoryview) -> int:
     low = high = 0
     for start in range(0, len(words), _SUM_BLOCK):
         block = words[start : start + _SUM_BLOCK].astype(np.uint64)
-        high += len(block) * low + int(block @ np.arange(len(block), 0, -1, np.uint64))
+        high += len(block) * low + int(block @ np.arange(len(block), 0, -1, dtype=np.uint64))
         low += int(block.sum())
     if len(data) % 2:
         low += data[-1] << 8
