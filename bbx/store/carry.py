@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import FileError
-from bbx.store import disk, format, trust
+from bbx.store import chunks, disk, format, trust
 from bbx.store.format import Column, RowFacts
 
 _NO_RANGE_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
@@ -99,7 +99,11 @@ def read_rows(opened: trust.OpenFile, column: Column, first: int, count: int) ->
         return opened.rows(column.name, first, count)
     rows = np.empty((count, *column.row_shape), column.dtype)
     with trust.guarded(opened.path):
-        opened.file[column.name].read_direct(rows, np.s_[first : first + count])
+        data = opened.file[column.name]
+        if data.is_virtual:
+            data.read_direct(rows, np.s_[first : first + count])
+        else:
+            chunks.read(data, first, first + count, rows)
     return rows
 
 
