@@ -267,9 +267,9 @@ class _Merge:
             found[stage.name] = []
             for piece in self._join.pieces(stage.name, 0, len(self._join.keys)):
                 source = self._join.sources[piece.source]
-                if source.opened.facts.columns[stage.name].offset is None:
+                if source.opened.file[stage.name].is_virtual:
                     raise StartError(
-                        f"{source.path} is compressed or virtual itself, and a virtual file takes rows from plain ones",
+                        f"{source.path} is virtual itself, and a virtual file takes rows from real ones only",
                         "merge the files that it was made of, or leave --virtual out",
                     )
                 found[stage.name].append(
