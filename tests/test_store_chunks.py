@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bbx.errors import FileError
-from bbx.store import FeatureFile, chunks, trust
+from bbx.store import FeatureFile, chunks, inspection
 from tests.test_store_toys import KEYS, RUN, make
 
 SHAPE = (7, 5, 6, 4)
@@ -259,12 +259,12 @@ def replaced(out: Path, **options: Any) -> Path:
 def test_chunks_larger_than_a_limit_and_than_an_image_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trust, "_CHUNK_NBYTES", 2 * RUN.stages[0].shape[0] * 8 * 8 * 4 - 1)
+    monkeypatch.setattr(inspection, "_CHUNK_NBYTES", 2 * RUN.stages[0].shape[0] * 8 * 8 * 4 - 1)
     row = RUN.stages[0].shape
     out = make(tmp_path / "f.h5")
     with pytest.raises(FileError, match="/stem has chunks of"):
         FeatureFile(replaced(out, chunks=(2, *row), compression="gzip"))
-    monkeypatch.setattr(trust, "_CHUNK_NBYTES", 1)
+    monkeypatch.setattr(inspection, "_CHUNK_NBYTES", 1)
     with FeatureFile(replaced(out, chunks=(1, *row), compression="gzip")) as opened:
         assert all(opened.verify_row("stem", index) for index in range(len(KEYS)))
 

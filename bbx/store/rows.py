@@ -62,26 +62,16 @@ class Rows:
         """
         if len(inputs) != len(places):
             raise UsageError(f"{len(inputs)} input files for {len(places)} rows", "one for each")
+        sums = np.empty((len(places), len(arrays)), "<u4")
         with self._using:
             if self._closed:
                 raise UsageError(f"the writer of {self._path} is closed")
-            self._put(places, arrays, status, inputs, reason)
-
-    def _put(
-        self,
-        places: NDArray[np.int64],
-        arrays: Mapping[str, NDArray[Any]],
-        status: int,
-        inputs: Sequence[InputFile],
-        reason: bytes,
-    ) -> None:
-        sums = np.empty((len(places), len(arrays)), "<u4")
-        for column, (name, array) in enumerate(arrays.items()):
-            waiting = self._pool.submit(_checksums, array)  # beside the write: both let go of the interpreter
-            self._write(name, places, array)
-            sums[:, column] = waiting.result()
-            self._write(format.checksum_name(name), places, sums[:, column].copy())
-        self._put_facts(places, status, inputs, reason, sums)
+            for column, (name, array) in enumerate(arrays.items()):
+                waiting = self._pool.submit(_checksums, array)  # beside the write: both let go of the interpreter
+                self._write(name, places, array)
+                sums[:, column] = waiting.result()
+                self._write(format.checksum_name(name), places, sums[:, column].copy())
+            self._put_facts(places, status, inputs, reason, sums)
 
     def put_attempt(self, slot: int, attempt: Mapping[str, object]) -> None:
         """Record a start; one page, written whole: a power loss takes the old text or the new one. Raises `OSError`."""
