@@ -585,3 +585,26 @@ def test_killed_at_any_instant_the_sources_are_whole_and_it_runs_again(tmp_path:
 
 def test_ranges_are_said_in_whole_rows() -> None:
     assert [rowjoin.range_text(3, 6), rowjoin.range_text(3, 4)] == ["3 to 5", "3"]
+
+
+def test_compressed_sources_of_a_virtual_file_are_decoded_within_bounds(tmp_path: Path, monkeypatch) -> None:
+    one = some(tmp_path / "one.h5", range(0, 8))
+    pack(one, tmp_path / "packed.h5")
+    two = some(tmp_path / "two.h5", range(8, 20))
+    merge([tmp_path / "packed.h5", two], tmp_path / "all.h5", virtual=True)
+    read = h5py.Dataset.read_direct
+
+    def refused(*_: object) -> None:
+        raise AssertionError("HDF5 decodes")
+
+    monkeypatch.setattr(h5py.Dataset, "read_direct", refused)
+    with FeatureFile(tmp_path / "all.h5") as file:
+        maps = row_maps(range(20))
+        for stage in file.stages:
+            np.testing.assert_array_equal(file[stage][:], maps[stage])
+            np.testing.assert_array_equal(file[stage][[7, 8, 3]], maps[stage][[7, 8, 3]])
+    monkeypatch.setattr(h5py.Dataset, "read_direct", read)
+    with FeatureFile(tmp_path / "all.h5") as file:
+        (tmp_path / "packed.h5").unlink()
+        with pytest.raises(FileError, match=r"packed\.h5"):
+            _ = file["stem"][0]

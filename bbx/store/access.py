@@ -6,7 +6,6 @@ when it is pickled or forked. Contiguous rows are read without HDF5 and its lock
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import FileError, UsageError
-from bbx.store import chunks, disk, format, trust, virtual
+from bbx.store import format, trust
 from bbx.store.format import Column
 from bbx.store.target import partial_path
 
@@ -94,23 +93,8 @@ class Access:
         done = 0
         for first, last in ranges:
             part = out[done : done + last - first]
-            with trust.guarded(self.path):
-                if column.offset is not None:
-                    disk.read_at(handle.opened.fd, part.view(np.uint8), column.offset + first * column.row_nbytes)
-                else:
-                    self._fill_through_hdf5(handle, column.name, first, last, part)
+            handle.opened.fill(column.name, first, last, part, lock=handle.lock)
             done += last - first
-
-    @staticmethod
-    def _fill_through_hdf5(handle: _Handle, name: str, first: int, last: int, part: NDArray[Any]) -> None:
-        with handle.lock:
-            data = handle.opened.file[name]
-            if data.is_virtual:
-                data.read_direct(part, np.s_[first:last])
-                sums = functools.partial(handle.opened.rows, format.checksum_name(name), first, last - first)
-                virtual.refuse_fill(part, sums)
-                return
-        chunks.read(data, first, last, part, lock=handle.lock)
 
     def close(self) -> None:
         """Close this process's handles, for good."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import FileError
-from bbx.store import chunks, disk, format, trust
+from bbx.store import disk, format, trust
 from bbx.store.format import Column, RowFacts
 
 _NO_RANGE_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
@@ -95,15 +95,8 @@ def place(column: Column, row: int) -> int:
 
 def read_rows(opened: trust.OpenFile, column: Column, first: int, count: int) -> NDArray[Any]:
     """Rows of a stage, however it is stored."""
-    if column.offset is not None:
-        return opened.rows(column.name, first, count)
     rows = np.empty((count, *column.row_shape), column.dtype)
-    with trust.guarded(opened.path):
-        data = opened.file[column.name]
-        if data.is_virtual:
-            data.read_direct(rows, np.s_[first : first + count])
-        else:
-            chunks.read(data, first, first + count, rows)
+    opened.fill(column.name, first, first + count, rows)
     return rows
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,25 @@ from numpy.typing import NDArray
 
 from bbx.errors import BbxError, FileError
 from bbx.spec import RunSpec
-from bbx.store import disk, format, virtual
+from bbx.store import chunks, disk, format, virtual
 from bbx.store.inspection import Facts, dataset, inspect, text_lengths
 
 _BLOCK = 16_384
+_NO_LOCK = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A checked file: HDF5's handle, a plain descriptor for contiguous rows, and the facts."""
+    """A checked file: HDF5's handle, a plain descriptor for contiguous rows, and the facts.
+
+    `packed_sources` are those of a virtual file that are compressed: HDF5 would decode them without a bound.
+    """
 
     path: Path
     file: h5py.File
     fd: int
     facts: Facts
+    packed_sources: frozenset[str] = frozenset()
 
     def close(self) -> None:
         """Close both handles."""
@@ -44,6 +51,43 @@ class OpenFile:
         with guarded(self.path):
             disk.read_at(self.fd, out.view(np.uint8), column.offset + start * column.row_nbytes)
         return out
+
+    def fill(
+        self, name: str, first: int, last: int, out: NDArray[Any], *, lock: AbstractContextManager[Any] = _NO_LOCK
+    ) -> None:
+        """Read rows `first` to `last`, half-open, of a stage, however it is stored, into `out`, C-contiguous.
+
+        `lock` is held around the calls of HDF5. Raises `FileError`.
+        """
+        column = self.facts.columns[name]
+        with guarded(self.path):
+            if column.offset is not None:
+                disk.read_at(self.fd, out.view(np.uint8), column.offset + first * column.row_nbytes)
+                return
+            with lock:
+                data = self.file[name]
+                if data.is_virtual:
+                    self._fill_from_sources(data, name, first, last, out)
+                    return
+            chunks.read(data, first, last, out, lock=lock)
+
+    def _fill_from_sources(self, data: h5py.Dataset, name: str, first: int, last: int, out: NDArray[Any]) -> None:
+        if not self.packed_sources:
+            data.read_direct(out, np.s_[first:last])
+            sums = functools.partial(self.rows, format.checksum_name(name), first, last - first)
+            virtual.refuse_fill(out, sums)
+            return
+        out.fill(np.nan)  # a row that none of the files holds is not done
+        for piece in virtual.pieces(data):
+            start, stop = max(first, piece.at), min(last, piece.at + piece.count)
+            if start < stop:
+                source = open_checked(_source(self.path, piece.name), allow_virtual=False)
+                try:
+                    _check_piece(source, self.file, name, piece)
+                    shift = piece.first - piece.at
+                    source.fill(name, start + shift, stop + shift, out[start - first : stop - first])
+                finally:
+                    source.close()
 
     def status(self) -> NDArray[np.uint8]:
         """The commit record as it is now, uint8 `(n,)`."""
@@ -116,12 +160,12 @@ def open_checked(path: Path, *, allow_virtual: bool = True) -> OpenFile:
             with guarded(path):
                 file = h5py.File(path, "r", locking="best-effort")
             try:
+                packed: set[str] = set()
+                check = functools.partial(_check_sources, path=path, packed=packed) if allow_virtual else None
                 with guarded(path):
-                    facts = inspect(
-                        file, fd, path, (lambda data: _check_sources(data, path)) if allow_virtual else None
-                    )
+                    facts = inspect(file, fd, path, check)
                 if os.path.samestat(os.fstat(fd), path.stat()):
-                    return OpenFile(path, file, fd, facts)
+                    return OpenFile(path, file, fd, facts, frozenset(packed))
             except BaseException:
                 file.close()
                 raise
@@ -145,7 +189,7 @@ def _descriptor(path: Path) -> int:
     raise FileError(f"{path} {reason}", "give the .h5 file that bbx extract made")
 
 
-def _check_sources(data: h5py.Dataset, path: Path) -> None:
+def _check_sources(data: h5py.Dataset, path: Path, packed: set[str]) -> None:
     """Every row of a virtual dataset is still the one that was merged, by the mark and checksum that this file has.
 
     It lies in a checked file of the same run, beside or below `path`, that takes no rows from elsewhere itself.
@@ -167,6 +211,8 @@ def _check_sources(data: h5py.Dataset, path: Path) -> None:
         try:
             for stage, pieces in stages.items():
                 _check_same_run(opened.facts.run, run, stage, opened.path)
+                if opened.facts.columns[stage].offset is None:
+                    packed.add(name)
                 for piece in pieces:
                     _check_piece(opened, data.file, stage, piece)
         finally:
