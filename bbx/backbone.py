@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bbx.errors import ContractError, StartError, UsageError, WeightsError
 from bbx.spec import ModelRef, Norm, Precision, Preprocess, Stage
 from bbx.stages import select_stages
-from bbx.taps import OverwrittenError, Tap, capture, channels_first, exclusive, free_taps, settled
+from bbx.taps import Tap, capture, channels_first, exclusive, free_taps, settled
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -148,7 +148,7 @@ class Backbone:
         # Not inference mode, whose tensors do not tell that they were written over.
         with torch.inference_mode(False), torch.no_grad():
             try:
-                wanted, first = self._untouched(self._pixels(size), wanted)
+                first = self._run(self._pixels(size), wanted)
             except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 if is_out_of_memory(error):
@@ -180,14 +180,6 @@ class Backbone:
         if missing := [tap for tap in wanted if tap.name not in first]:
             raise ContractError(f"stage {missing[0].name} of {self.ref}: module {missing[0].module} never ran")
         return tuple(taps), tuple(stages)
-
-    def _untouched(self, pixels: Tensor, wanted: tuple[Tap, ...]) -> tuple[tuple[Tap, ...], dict[str, Tensor]]:
-        """The taps, copied where later layers write over them, and what they give: the same in any company."""
-        while True:
-            try:
-                return wanted, self._run(pixels, wanted)
-            except OverwrittenError as error:
-                wanted = tuple(replace(tap, copied=tap.copied or tap.name in error.names) for tap in wanted)
 
     def _settled_by_grids(self, tap: Tap, output: Tensor) -> Tap:
         """For a network of one size, whose axes do not move: a map is what has the grid of one of its stages."""

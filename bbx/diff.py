@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bbx.errors import EXIT_SOME_FAILED, FileError, UsageError
 from bbx.stages import select_stages
-from bbx.store import FeatureFile, format
+from bbx.store import FeatureFile, format, open_finished_or_partial
 from bbx.store.check import read_checked
 
 TOLERANCE = 1e-5
@@ -115,7 +115,7 @@ def diff(
     """
     if not tolerance >= 0:
         raise UsageError(f"the tolerance cannot be {tolerance}", "0 or a small number, such as 1e-5")
-    with _opened(a) as one, _opened(b) as other:
+    with open_finished_or_partial(a) as one, open_finished_or_partial(b) as other:
         shared = [name for name in one.stages if name in other.stages]
         names = select_stages(shared, stages) if shared or stages != "all" else ()
         shapes = [(name, one.stages[name].shape, other.stages[name].shape) for name in names]
@@ -249,10 +249,6 @@ class _Ledger:
             self._seen += len(places)
             if self._progress:
                 self._progress(self._seen, self._total)
-
-
-def _opened(path: str | os.PathLike[str]) -> FeatureFile:
-    return FeatureFile(path, partial=not Path(path).exists())
 
 
 def _index(file: FeatureFile) -> dict[str, int]:

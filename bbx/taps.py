@@ -25,8 +25,7 @@ class Tap:
     """Where a stage leaves the network: the output of `module`, in `layout`, at its `calls`-th call.
 
     `tokens` are `(b, prefix + h·w, c)`, of which the first `prefix` (class token, registers) are no part of the map.
-    A `free` tap was asked for by path, not by stage name: its layout is found by measuring. A `copied` tap's output is
-    cloned, since a later in-place operation writes over it, as a dry forward showed.
+    A `free` tap was asked for by path, not by stage name: its layout is found by measuring.
     """
 
     name: str
@@ -35,18 +34,10 @@ class Tap:
     prefix: int = 0
     calls: int = 1
     free: bool = False
-    copied: bool = False
 
 
 _NEVER = "it never runs in a forward"
-
-
-class OverwrittenError(RuntimeError):
-    """The outputs of `names` were written over by later operations: what was caught is no longer the stage."""
-
-    def __init__(self, names: set[str]) -> None:
-        super().__init__(", ".join(sorted(names)))
-        self.names = names
+_OVERWRITTEN = "_bbx_overwritten"
 
 
 class _Stop(Exception):
@@ -63,20 +54,37 @@ def capture(
 ) -> dict[str, Tensor]:
     """Each tap's raw output for `pixels` `(b, 3, h, w)`, in firing order; nothing past the last of them runs.
 
-    `run` is what to call where it is not the network itself; without `stop` it runs to its own end. Outside inference
-    mode, where tensors count their changes, `OverwrittenError` says which outputs were changed in place.
+    `run` is what to call where it is not the network itself; without `stop` it runs to its own end. An output that a
+    later layer writes over in place is copied: that is seen outside inference mode, where tensors count their changes,
+    hence in the dry forward of every backbone, and marked on the module, so that it stays known.
     """
+    caught, overwritten = _caught(network, taps, pixels, run or network, stop=stop)
+    if not overwritten:
+        return caught
+    for tap in overwritten:
+        setattr(network.get_submodule(tap.module), _OVERWRITTEN, True)
+    return _caught(network, taps, pixels, run or network, stop=stop)[0]
+
+
+def _is_copied(module: nn.Module, *, free: bool = False) -> bool:
+    return free or getattr(module, _OVERWRITTEN, False)
+
+
+def _caught(
+    network: nn.Module, taps: Sequence[Tap], pixels: Tensor, run: Callable[[Tensor], object], *, stop: bool
+) -> tuple[dict[str, Tensor], list[Tap]]:
+    """What the taps gave, and those of them whose output was changed since."""
     caught: dict[str, Tensor] = {}
     changes: dict[str, int] = {}
     calls: Counter[str] = Counter()
 
     def hook(tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def keep(module: nn.Module, _inputs: Any, output: Any) -> None:
             calls[tap.name] += 1
             if calls[tap.name] == tap.calls:
                 tensor = output if isinstance(output, Tensor) else output[0]
-                caught[tap.name] = tensor = tensor.clone() if tap.free or tap.copied else tensor
-                if not tensor.is_inference():
+                caught[tap.name] = tensor = tensor.clone() if _is_copied(module, free=tap.free) else tensor
+                if not (torch.compiler.is_compiling() or tensor.is_inference()):
                     changes[tap.name] = tensor._version
                 if stop and len(caught) == len(taps):
                     raise _Stop
@@ -87,10 +95,8 @@ def capture(
         for tap in taps:
             hooks.callback(network.get_submodule(tap.module).register_forward_hook(hook(tap)).remove)
         with suppress(_Stop):
-            (run or network)(pixels)
-    if overwritten := {name for name, before in changes.items() if caught[name]._version != before}:
-        raise OverwrittenError(overwritten)
-    return caught
+            run(pixels)
+    return caught, [tap for tap in taps if tap.name in changes and caught[tap.name]._version != changes[tap.name]]
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
@@ -117,7 +123,6 @@ class LastingTaps:
     def __init__(self, network: nn.Module, taps: Sequence[Tap]) -> None:
         self.caught: dict[str, Tensor] = {}
         self.wanted: tuple[str, ...] = ()
-        self.copied: tuple[str, ...] = ()
         for tap in taps:
             network.get_submodule(tap.module).register_forward_hook(_Keep(self, tap.name))
 
@@ -125,7 +130,6 @@ class LastingTaps:
         """As the function `capture`."""
         caught: dict[str, Tensor] = {}
         self.wanted, self.caught = tuple(tap.name for tap in wanted), caught
-        self.copied = tuple(tap.name for tap in wanted if tap.copied)
         try:
             network(pixels)
         except _Stop:
@@ -140,11 +144,11 @@ class _Keep:
         self.taps = taps
         self.name = name
 
-    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         if self.name not in self.taps.wanted:
             return
         tensor = output if isinstance(output, Tensor) else output[0]
-        self.taps.caught[self.name] = tensor.clone() if self.name in self.taps.copied else tensor
+        self.taps.caught[self.name] = tensor.clone() if _is_copied(module) else tensor
         if len(self.taps.caught) == len(self.taps.wanted):
             raise _Stop
 
