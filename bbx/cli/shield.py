@@ -65,11 +65,12 @@ def _try_to_open(files: list[Path]) -> None:
     """
     import resource
 
-    for file in files:
-        if not _is_hdf5(file):
-            continue
-        from bbx.store import open_finished_or_partial
+    from bbx.store import open_finished_or_partial
+    from bbx.store.target import partial_path
 
+    for file in files:
+        if not (_is_hdf5(file) or (file.name and _is_hdf5(partial_path(file)))):
+            continue
         pid = os.fork()
         if pid == 0:
             resource.setrlimit(resource.RLIMIT_CPU, (_OPEN_SECONDS, _OPEN_SECONDS + 1))

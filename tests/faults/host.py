@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -90,8 +91,11 @@ class Victim:
         return bool(select.select([self._pidfd], [], [], max(0.0, seconds))[0])
 
     def kill(self, signum: int = signal.SIGKILL, *, group: bool = False) -> None:
-        """Sends a signal to it, or to its whole group."""
-        (os.killpg if group else os.kill)(self.pid, signum)
+        """Sends a signal to it, or to its whole group, which it has not formed yet where it is just being born."""
+        if group:
+            with suppress(ProcessLookupError):
+                return os.killpg(self.pid, signum)
+        return os.kill(self.pid, signum)
 
     def end(self) -> Ended:
         """Waits for its end; one that hangs is killed, and the test fails."""
@@ -120,7 +124,8 @@ class Victim:
         found = []
         for task in Path(f"/proc/{self.pid}/task").glob("*/children"):
             for pid in task.read_text().split():
-                found.append(os.pidfd_open(int(pid)))
+                with suppress(ProcessLookupError):  # it has just ended
+                    found.append(os.pidfd_open(int(pid)))
         return found
 
 

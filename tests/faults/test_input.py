@@ -82,10 +82,9 @@ def features(cells: Sequence[np.ndarray]) -> list[Maps]:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.inference_mode():
         x = (torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        # The toy's ReLU works in place, so that a stage is what the next one gets.
-        stem = toy.stem(x).relu()
-        one = toy.one(stem).relu()
-        two = toy.two(one)
+        stem = toy.stem(x)
+        one = toy.one(stem.relu())  # the toy's own ReLU writes over its input: a stage is what came before it
+        two = toy.two(one.relu())
     return [{name: tensor[row].numpy() for name, tensor in zip(STAGES, (stem, one, two), strict=True)}
             for row in range(len(cells))]  # fmt: skip
 
