@@ -111,6 +111,17 @@ class Backbone:
         self.network.to(device)
         return replace(self, precision=precision)
 
+    def around(self, network: nn.Module, forward: Forward | None) -> Backbone:
+        """The same stages from another network, one that gives the same maps: nothing is measured again."""
+        other = replace(self, network=network, forward=forward, attend=None)
+        other.__dict__["_measured"] = self._measured
+        return other
+
+    @property
+    def measured_taps(self) -> tuple[Tap, ...]:
+        """The taps of `stages`, their layouts settled."""
+        return self._measured[0]
+
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """`(b, 3, h, w)` → `{name: (b, c, fh, fw)}` in stage order; raises `ContractError` on any other output."""
         taps, stages = self._measured

@@ -75,6 +75,7 @@ def plan(what: Plan, *, verbose: bool = False) -> None:
     grid.add_row(
         "device", plain(f"{what.device}, {run.precision}, batches of {what.batch_size}, {what.workers} decoders")
     )
+    grid.add_row("engine", plain(what.engine.describe()))
     for stage in run.stages:
         nbytes = stage.values * (2 if run.dtype == "float16" else 4)
         grid.add_row("stage", plain(f"{stage.name}  {shape_text(stage.shape)}  {size_text(nbytes)} per image"))
@@ -97,7 +98,7 @@ def plan(what: Plan, *, verbose: bool = False) -> None:
         grid.add_row("digest", plain(f"run {run.sha256[:16]}, weights {run.weights_digest[:16]}"))
     console = open_console(stderr=True)
     console.print(grid)
-    for line in (*what.backbone.notes, *images.warnings):
+    for line in (*what.backbone.notes, *images.warnings, *what.notes):
         console.print(Text("note: ", "yellow") + plain(line), soft_wrap=True)
     if run.dtype == "float16":
         console.print(Text("note: ", "yellow") + plain("netCDF4-python (xarray's first choice) crashes on float16; "

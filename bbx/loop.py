@@ -1,6 +1,6 @@
 """The loop and its overlap: images → batches → backbone → sink.
 
-Three things go on at once: worker processes decode, the calling thread computes, and one thread lays out and writes.
+Three things go on at once: worker processes decode, the engine's streams compute, and one thread lays out and writes.
 Between them stand queues of a few batches, so memory does not grow with the number of images.
 """
 
@@ -14,22 +14,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from bbx.backbone import is_out_of_memory, normalise
-from bbx.errors import ImageError, InterruptedRunError, StartError, UsageError
+from bbx.engine import Computed, Streams, Work, kept_memory
+from bbx.errors import ImageError, InterruptedRunError
 from bbx.images import Decoders, cell_dtype
 from bbx.images.decoders import Answer
 from bbx.plan import Plan, Summary
-from bbx.spec import InputFile, OnError, Pool
+from bbx.spec import InputFile, OnError
 
-# Batches that may wait before and after the backbone: two keep it fed, more only cost memory.
-_AHEAD, _BEHIND = 2, 2
+# Batches that wait to be computed beyond those that are being so, and to be written: more only cost memory.
+_AHEAD, _BEHIND = 1, 2
 
 
 class Sink(Protocol):
@@ -54,6 +53,14 @@ class Bad:
     file: InputFile
 
 
+class _Written(NamedTuple):
+    """What came of a batch: how many rows are done, how they were computed, and the seconds of writing them."""
+
+    done: int
+    computed: Computed | None
+    seconds: float
+
+
 def run_loop(
     plan: Plan,
     sink: Sink,
@@ -69,42 +76,51 @@ def run_loop(
     Raises `ImageError` where `on_error` is `fail`, `InterruptedRunError` where `stop` names a signal, `StartError`
     where not one image fits into the device's memory, and what `sink` raises.
     """
-    started = time.perf_counter()
-    writes: deque[Future[int]] = deque()
-    left = len(rows)
-    compute = _Compute(plan, summary)
-
-    def report(written: Future[int]) -> None:
-        count = written.result()
-        summary.done, summary.extracted = summary.done + count, summary.extracted + count
-        summary.wall = time.perf_counter() - started
-        if progress:
-            progress(summary)
-
+    work = Work(plan.run.dtype, plan.run.pool, plan.batch_size)
     with (
+        kept_memory(),
         Decoders(min(plan.workers, 1 + len(rows) // 8), plan.decoding) as decoders,
-        ThreadPoolExecutor(1, "bbx-write") as writer,
         deterministic(plan.deterministic),
-        torch.inference_mode(),
+        Streams(plan.backbone, plan.device, work, plan.engine) as streams,
+        ThreadPoolExecutor(1, "bbx-write", initializer=torch.set_num_threads, initargs=(1,)) as writer,
     ):
+        writes: deque[Future[_Written]] = deque()
+        left = len(rows)
+        started = time.perf_counter()
+
+        def report(written: _Written) -> None:
+            _count(summary, written)
+            summary.wall = time.perf_counter() - started
+            if progress:
+                progress(summary)
+
         try:
-            for batch in _decoded(plan, rows, decoders):
+            for batch in _decoded(plan, rows, decoders, ahead=streams.depth + _AHEAD):
                 good, bad = batch.collect(summary)
                 if bad and on_error == "fail":
                     key = plan.images.keys[bad[0].row]
                     raise ImageError(f"{key}: {bad[0].reason}", "leave --on-error fail out to record it and go on")
-                maps = compute.maps(batch, good) if len(good) else {}
+                computed = streams.submit(*batch.pixels(good, padded=plan.padded)) if len(good) else None
                 for one in bad:
                     summary.add_failure(plan.images.keys[one.row], one.reason)
-                writes.append(writer.submit(_write, sink, batch, good, maps, bad, summary))
-                while len(writes) > _BEHIND:
-                    report(writes.popleft())
+                writes.append(writer.submit(_write, sink, batch, good, computed, bad))
+                while len(writes) > streams.depth + _BEHIND:
+                    report(writes.popleft().result())
                 left -= len(batch.rows)
                 if left and (signum := stop and stop()):
                     raise _interrupted(plan, signum)
         finally:
             while writes:
-                report(writes.popleft())
+                report(writes.popleft().result())
+
+
+def _count(summary: Summary, written: _Written) -> None:
+    summary.done, summary.extracted = summary.done + written.done, summary.extracted + written.done
+    summary.write += written.seconds
+    if written.computed is not None:
+        summary.compute += written.computed.seconds
+        summary.notes += written.computed.notes
+        written.computed.add_counts(summary.nonfinite, summary.overflow)
 
 
 def _interrupted(plan: Plan, signum: int) -> InterruptedRunError:
@@ -136,28 +152,43 @@ class _Batch:
         ]
         return np.flatnonzero([not answer.reason for answer in answers]), bad
 
+    def pixels(self, good: NDArray[np.int64], *, padded: bool) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """What to compute, `(b, h, w, 3)`, and which rows of that are the good ones.
+
+        `padded`: the batch keeps its shape, and what is computed of an empty slot is dropped.
+        """
+        if padded:
+            return self.buffer, self.slots[good]
+        return self.buffer if len(good) == len(self.rows) else self.buffer[good], np.arange(len(good))
+
     def inputs(self, good: NDArray[np.int64]) -> list[InputFile]:
         """The image files of the good ones."""
         return [self.reads[place].result().file for place in good]
 
 
-def _decoded(plan: Plan, rows: NDArray[np.int64], decoders: Decoders) -> Iterator[_Batch]:
-    """Batches in row order, each handed out as soon as it was submitted and `_AHEAD` more were."""
-    ahead: deque[_Batch] = deque()
-    cells = cell_dtype(plan.run.preprocess)
+def _decoded(plan: Plan, rows: NDArray[np.int64], decoders: Decoders, *, ahead: int) -> Iterator[_Batch]:
+    """Batches in row order, each handed out as soon as it was submitted and `ahead` more were."""
+    waiting: deque[_Batch] = deque()
     for chunk in _chunks(rows, plan.batch_size, aligned=plan.deterministic or not plan.retry_failed):
-        if plan.deterministic:
-            # Each row at its own place of a whole batch, whatever became of its neighbours.
-            slots, buffer = chunk % plan.batch_size, np.zeros((plan.batch_size, *plan.run.preprocess.size, 3), cells)
-        else:
-            slots, buffer = np.arange(len(chunk)), np.empty((len(chunk), *plan.run.preprocess.size, 3), cells)
+        # Padded: each row at its own place of a whole batch, whatever became of its neighbours.
+        slots = chunk % plan.batch_size if plan.deterministic else np.arange(len(chunk))
+        buffer = _buffer(plan, plan.batch_size if plan.padded else len(chunk))
         reads = [
             decoders.submit(plan.images.path(int(row)), buffer[slot]) for row, slot in zip(chunk, slots, strict=True)
         ]
-        ahead.append(_Batch(chunk, slots, buffer, reads))
-        if len(ahead) > _AHEAD:
-            yield ahead.popleft()
-    yield from ahead
+        waiting.append(_Batch(chunk, slots, buffer, reads))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _buffer(plan: Plan, count: int) -> NDArray[Any]:
+    """Room for the pixels of `count` images, all zero; where a GPU fetches them, in memory that it can read itself."""
+    shape, cells = (count, *plan.run.preprocess.size, 3), cell_dtype(plan.run.preprocess)
+    if plan.device.type != "cuda":
+        return np.zeros(shape, cells)
+    kind = torch.from_numpy(np.empty(0, cells)).dtype
+    return torch.zeros(shape, dtype=kind, pin_memory=True).numpy()
 
 
 def _chunks(rows: NDArray[np.int64], size: int, *, aligned: bool) -> Iterator[NDArray[np.int64]]:
@@ -172,94 +203,6 @@ def _chunks(rows: NDArray[np.int64], size: int, *, aligned: bool) -> Iterator[ND
             stop = start + int(np.searchsorted(rows[start:stop], (rows[start] // size + 1) * size))
         yield rows[start:stop]
         start = min(stop, len(rows))
-
-
-class _Compute:
-    """Pixels to maps in the disk's dtype, on the host, not yet laid out: that is the writing thread's work."""
-
-    def __init__(self, plan: Plan, summary: Summary) -> None:
-        self._plan = plan
-        self._summary = summary
-        self._most = plan.batch_size
-
-    def maps(self, batch: _Batch, good: NDArray[np.int64]) -> dict[str, Tensor]:
-        """The maps of the good rows; where memory runs out, by half as many images at a time from then on."""
-        started = time.perf_counter()
-        if self._plan.deterministic:  # the batch keeps its shape; what is computed of an empty slot is dropped
-            pixels, kept = batch.buffer, batch.slots[good]
-        else:
-            whole = len(good) == len(batch.rows)
-            pixels, kept = batch.buffer if whole else batch.buffer[good], np.arange(len(good))
-        parts: list[dict[str, Tensor]] = []
-        done = 0
-        while done < len(pixels):
-            some = pixels[done : done + self._most]
-            here = kept[(kept >= done) & (kept < done + len(some))] - done
-            part = self._attempt(some, torch.from_numpy(here))
-            if part is None:
-                self._halve(len(some))
-            else:
-                parts.append(part)
-                done += len(some)
-        self._summary.compute += time.perf_counter() - started
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
-
-    def _attempt(self, pixels: NDArray[Any], kept: Tensor) -> dict[str, Tensor] | None:
-        """None where the memory does not suffice; the error is gone by then, and with it what it kept alive."""
-        try:
-            return self._forward(pixels, kept)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                if "deterministic" in str(error):
-                    raise UsageError(f"{self._plan.run.model}: {error}", "leave --deterministic out") from None
-                raise
-        return None
-
-    def _halve(self, count: int) -> None:
-        if self._plan.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if count == 1:
-            raise StartError(
-                f"{self._plan.device} has too little memory for one image of {self._plan.run.model}",
-                "choose another --device, a smaller --size, or end what else uses its memory",
-            )
-        self._most = -(-count // 2)
-        self._summary.notes.append(
-            f"{self._plan.device} is out of memory with {count} images at once: on with {self._most} (--batch-size)"
-        )
-
-    def _forward(self, pixels: NDArray[Any], kept: Tensor) -> dict[str, Tensor]:
-        plan = self._plan
-        batch = normalise(torch.from_numpy(pixels).to(plan.device, non_blocking=True), plan.backbone.preprocess)
-        maps = {}
-        for name, tensor in plan.backbone(batch).items():
-            made = tensor if len(kept) == len(pixels) else tensor[kept.to(tensor.device)]
-            made = self._counted(name, pooled(made.float(), plan.run.pool))
-            maps[name] = made.contiguous().cpu() if plan.device.type != "cpu" else made
-        return maps
-
-    def _counted(self, name: str, values: Tensor) -> Tensor:
-        """`values` in the disk's dtype; counts those that are not finite, and those that float16 cannot hold."""
-        nonfinite, overflow = self._summary.nonfinite, self._summary.overflow
-        if not values.sum().isfinite():  # one pass; a NaN or infinity anywhere reaches the sum
-            odd = values.numel() - int(values.isfinite().sum())
-            if odd:  # the sum of finite values may overflow by itself
-                nonfinite[name] = nonfinite.get(name, 0) + odd
-        if self._plan.run.dtype != "float16":
-            return values
-        half = values.half()
-        lost = int((half.isinf() & ~values.isinf()).sum())
-        if lost:
-            overflow[name] = overflow.get(name, 0) + lost
-        return half
-
-
-def pooled(maps: Tensor, pool: Pool) -> Tensor:
-    """`(b, c, h, w)` or tokens → `(b, c)` where `pool` says so."""
-    if pool == "none" or maps.ndim == 2:
-        return maps
-    axes = (-2, -1) if maps.ndim == 4 else (1,)
-    return maps.mean(axes) if pool == "avg" else maps.amax(axes)
 
 
 @contextmanager
@@ -280,18 +223,16 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def _write(
-    sink: Sink,
-    batch: _Batch,
-    good: NDArray[np.int64],
-    maps: Mapping[str, Tensor],
-    bad: list[Bad],
-    summary: Summary,
-) -> int:
+    sink: Sink, batch: _Batch, good: NDArray[np.int64], computing: Future[Computed] | None, bad: list[Bad]
+) -> _Written:
+    computed = computing.result() if computing else None
+    if computed:
+        computed.wait()
     started = time.perf_counter()
-    if len(good):
-        arrays = {name: tensor.contiguous().numpy() for name, tensor in maps.items()}
+    if computed:
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in computed.maps.items()}
         sink.write(batch.rows[good], arrays, batch.inputs(good))
+        computed.maps.clear()
     for one in bad:
         sink.fail(one.row, one.reason, one.file)
-    summary.write += time.perf_counter() - started
-    return len(good)
+    return _Written(len(good), computed, time.perf_counter() - started)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bbx.backbone import Backbone
+from bbx.engine import EngineSettings
 from bbx.errors import EXIT_ALL_FAILED, EXIT_SOME_FAILED, StartError, UsageError
 from bbx.images import DecodeSettings, ImageList
 from bbx.providers.table import EXTRAS
@@ -40,6 +41,7 @@ class Plan:
     workers: int
     free_nbytes: int
     decoding: DecodeSettings
+    engine: EngineSettings
     deterministic: bool = False
     retry_failed: bool = False
     fresh: bool = False
@@ -52,6 +54,11 @@ class Plan:
         whole = len(self.images) * self.run.row_nbytes
         packed = whole if self.compress != "none" and self.target.state != "complete" else 0
         return packed + (whole if self.target.state == "new" else 0)
+
+    @property
+    def padded(self) -> bool:
+        """Whether every batch keeps its shape: for the same bits each time, or because compiled code is for one."""
+        return self.deterministic or self.engine.engine == "compile"
 
     def check_disk(self) -> None:
         """Raises `StartError` when the disk cannot hold the features."""
@@ -146,6 +153,7 @@ def attempt(plan: Plan) -> dict[str, object]:
         "batch_size": plan.batch_size,
         "workers": plan.workers,
         "threads": torch.get_num_threads(),
+        "engine": plan.engine.describe(),
         "deterministic": plan.deterministic,
     }
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from bbx.backbone import Backbone, normalise
+from bbx.engine import choose, keep_memory
 from bbx.errors import ImageError, UsageError
 from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, decode_one, find_images, read_image
 from bbx.images.decoders import TIMEOUT
@@ -21,8 +22,10 @@ from bbx.plan import Plan, Summary, attempt, cores, find_device, free_nbytes
 from bbx.rebuild import Request, check_weights, config_of, images_of, options_of
 from bbx.skip import skip_held
 from bbx.spec import (
+    ChannelsLast,
     Compress,
     Dtype,
+    Engine,
     ExifMode,
     Mode,
     Norm,
@@ -72,6 +75,8 @@ def extract(
     batch_size: int | None = None,
     workers: int | None = None,
     device: str = "auto",
+    engine: Engine = "eager",
+    channels_last: ChannelsLast = "auto",
     deterministic: bool = False,
     image_timeout: float = TIMEOUT,
     max_pixels: int = MAX_PIXELS,
@@ -101,6 +106,8 @@ def extract(
     `like`, a feature file, says all of the above where the call does not; without `images`, its images are meant.
     `skip_in`, a feature file: only the images that it does not hold, or holds in an older version.
     `batch_size`: images at once, default 8 on a CPU and 64 elsewhere; `workers`: decoding processes, default the cores;
+    `engine`: `compile` has torch.compile make code for the network, where the job is long enough to pay for it;
+    `channels_last`: whether maps are so laid out in memory while computing.
     `image_timeout` in seconds and `max_pixels` are what one image may take; `digest`: record that of each input file.
     `deterministic`: only algorithms that give the same bits each time, each row at its own place of a whole batch.
     `compress`: the finished file is packed by `gzip`.
@@ -112,6 +119,7 @@ def extract(
     Raises `UsageError`, `StartError` and its kin (weights, input, disk, another run's file), `WriteError`,
     `InterruptedRunError`, and with `on_error="fail"` `ImageError`. A failed row is no error: see `Summary.failures`.
     """
+    keep_memory()  # before anything starts threads
     wishes = {
         "model": model, "config": config_of(config), "stages": stages, "layers": layers, "weights": weights,
         "seed": seed, "size": (size, size) if isinstance(size, int) else size, "resize_mode": resize_mode, "exif": exif,
@@ -119,7 +127,8 @@ def extract(
     }  # fmt: skip
     given = {name: value for name, value in wishes.items() if value is not None}
     _check_numbers(batch_size=batch_size, workers=workers, image_timeout=image_timeout, max_pixels=max_pixels)
-    _check_words({"mode": mode, "on_error": on_error, "compress": compress, **given})
+    words = {"mode": mode, "on_error": on_error, "compress": compress, "engine": engine, "channels_last": channels_last}
+    _check_words({**words, **given})
     if retry_failed and images is None and like is None and not given:
         like = output  # nothing but the file itself says what it is to be like
     where = find_device(device)
@@ -133,16 +142,20 @@ def extract(
     run = run_of(backbone, dtype=options["dtype"], pool=options["pool"], source=request.to_json())
     path = Path(output)
     target = check_target(path, run, found.keys, mode, retry_failed=retry_failed)
+    at_once = min(batch_size or BATCH_SIZES.get(where.type, 64), len(found))
+    how = choose(backbone, where, engine=engine, channels_last=channels_last, rows=target.pending, batch_size=at_once)
     plan = Plan(
         found, backbone, run, path, target, where,
-        batch_size=min(batch_size or BATCH_SIZES.get(where.type, 64), len(found)),
+        batch_size=at_once,
         workers=workers or cores(),
         free_nbytes=free_nbytes(path),
         decoding=DecodeSettings(run.preprocess, image_timeout, max_pixels, digest),
+        engine=how,
         deterministic=deterministic,
         retry_failed=retry_failed,
         fresh=mode in ("new", "overwrite"),
         compress=compress,
+        notes=(how.why,) if how.why else (),
     )  # fmt: skip
     if on_plan:
         on_plan(plan)
@@ -247,7 +260,8 @@ def _check_words(options: Mapping[str, Any]) -> None:
     """Raises `UsageError` unless each value is one of its option's words."""
     words = {
         "dtype": Dtype, "precision": Precision, "pool": Pool, "norm": Norm, "mode": Mode, "on_error": OnError,
-        "compress": Compress, "resize_mode": ResizeMode, "exif": ExifMode,
+        "compress": Compress, "resize_mode": ResizeMode, "exif": ExifMode, "engine": Engine,
+        "channels_last": ChannelsLast,
     }  # fmt: skip
     for name, value in options.items():
         if name in words:

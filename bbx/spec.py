@@ -25,6 +25,8 @@ OnError = Literal["skip", "fail"]
 Scale = Literal["shared", "channel"]
 Norm = Literal["raw", "native"]
 Compress = Literal["none", "gzip"]
+Engine = Literal["eager", "compile"]
+ChannelsLast = Literal["auto", "yes", "no"]
 
 # Fields that say how a run came about, and not what it computes.
 _LABELS = ("weights", "source")

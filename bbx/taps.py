@@ -66,6 +66,12 @@ def capture(
     return _caught(network, taps, pixels, run or network, stop=stop)[0]
 
 
+def keep_marks(old: nn.Module, new: nn.Module) -> None:
+    """Has `new`, which takes the place of `old` in a network, be known as written over where `old` was."""
+    if _is_copied(old):
+        setattr(new, _OVERWRITTEN, True)
+
+
 def _is_copied(module: nn.Module, *, free: bool = False) -> bool:
     return free or getattr(module, _OVERWRITTEN, False)
 

@@ -177,7 +177,7 @@ class _Again:
         import torch
 
         from bbx.backbone import normalise
-        from bbx.loop import pooled
+        from bbx.engine import pooled
 
         run = self._file.run
         with torch.inference_mode():

@@ -21,7 +21,7 @@ LAYERS = [
     {"skip", "diff", "pictures"},
     {"assembly"},
     {"images", "providers", "store"},
-    {"roles", "transplant"},
+    {"roles", "transplant", "engine"},
     {"backbone", "weights"},
     {"processor", "recipe"},
     {"taps"},
@@ -31,7 +31,7 @@ LAYERS = [
 # Third party at module level.
 HEAVY = {
     "errors": set(), "spec": set(), "stages": set(), "backbone": {"torch"}, "weights": {"torch"}, "taps": {"torch"},
-    "images": {"PIL", "numpy"},
+    "images": {"PIL", "numpy"}, "engine": {"torch", "numpy"},
     "store": {"h5py", "numpy"}, "runner": {"torch", "numpy"}, "plan": {"torch"}, "loop": {"torch", "numpy"},
     "rebuild": set(), "skip": set(), "pictures": set(), "verify": {"numpy"}, "diff": {"numpy"}, "export": {"numpy"},
     "dataset": {"torch", "numpy"},
@@ -59,7 +59,7 @@ NEVER = {
     "backbone": {"h5py", "PIL"}, "taps": {"h5py", "PIL"},
     "store": {"torch", "matplotlib", "rich", "PIL"}, "plots": {"torch", "h5py"},
     "images": {"torch", "h5py"}, "console": {"torch", "typer"}, "runner": {"rich", "typer", "matplotlib"},
-    "loop": {"rich", "typer", "h5py"}, "diff": {"torch"}, "export": {"torch"},
+    "engine": {"h5py", "PIL", "rich"}, "loop": {"rich", "typer", "h5py"}, "diff": {"torch"}, "export": {"torch"},
     "providers": {"h5py", "rich"}, "errors": {"torch", "numpy"}, "spec": {"torch", "numpy"},
     "stages": {"torch", "numpy"},
 }  # fmt: skip

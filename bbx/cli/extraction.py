@@ -31,7 +31,7 @@ from bbx.cli.app import (
     print_json,
 )
 from bbx.cli.signals import signals
-from bbx.spec import Compress, Dtype, Mode, OnError, Pool, Precision
+from bbx.spec import ChannelsLast, Compress, Dtype, Engine, Mode, OnError, Pool, Precision
 
 if TYPE_CHECKING:
     from bbx.plan import Plan
@@ -59,6 +59,12 @@ def extract(
     workers: Annotated[int | None, typer.Option(help="Decoding processes (default: one per core)", min=1)] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps (default: auto)", metavar="D")
+    ] = None,
+    engine: Annotated[
+        Engine | None, typer.Option(help="compile: torch.compile, for long jobs (default: eager)")
+    ] = None,
+    channels_last: Annotated[
+        ChannelsLast | None, typer.Option(help="Memory layout in computing (default: auto)")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="On disk (default: float32)")] = None,
     precision: Annotated[Precision | None, typer.Option(help="In computing (default: float32)")] = None,
@@ -103,8 +109,8 @@ def extract(
         options = given(
             model=model, config=config, stages=stages, layers=layers, weights=weights, seed=seed, size=parse_size(size),
             resize_mode=resize_mode,
-            exif=exif, norm=norm, tokens=tokens, batch_size=batch_size, workers=workers, device=device, dtype=dtype,
-            precision=precision,
+            exif=exif, norm=norm, tokens=tokens, batch_size=batch_size, workers=workers, device=device,
+            engine=engine, channels_last=channels_last, dtype=dtype, precision=precision,
             pool=pool, like=like, skip_in=skip_in, output=output, mode=mode, retry_failed=retry_failed,
             compress=compress, deterministic=deterministic, image_timeout=image_timeout, max_pixels=max_pixels,
             digest=digest, on_error=on_error,
