@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from bbx import plots
 from bbx.errors import ImageError, StartError, UsageError
-from bbx.images import decode_one
 from bbx.pictures import locate
 from bbx.spec import Preprocess, Scale
 from bbx.stages import select_stages
@@ -213,6 +212,8 @@ def _rows(file: FeatureFile, images: Sequence[str], tell: Callable[[str], None])
 def _picture(path: Path | None, preprocess: Preprocess) -> NDArray[np.uint8] | None:
     if path is None:
         return None
+    from bbx.images import decode_one
+
     # By bbx's own resize: drawing needs neither transformers' image processor nor torch.
     decoded = decode_one(path, replace(preprocess, processor=""))
     return decoded if isinstance(decoded, np.ndarray) else None  # changed since: the features are worth drawing

@@ -32,7 +32,7 @@ LAYERS = [
 HEAVY = {
     "errors": set(), "spec": set(), "stages": set(), "backbone": {"torch"}, "weights": {"torch"}, "taps": {"torch"},
     "images": {"PIL", "numpy"}, "engine": {"torch", "numpy"},
-    "store": {"h5py", "numpy"}, "runner": {"torch", "numpy"}, "plan": {"torch"}, "loop": {"torch", "numpy"},
+    "store": {"h5py", "isal", "numpy"}, "runner": {"torch", "numpy"}, "plan": {"torch"}, "loop": {"torch", "numpy"},
     "rebuild": set(), "skip": set(), "pictures": set(), "verify": {"numpy"}, "diff": {"numpy"}, "export": {"numpy"},
     "dataset": {"torch", "numpy"},
     "show": {"numpy"},

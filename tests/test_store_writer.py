@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from bbx.errors import BbxError, FileError, RunMismatchError, StartError, UsageError, WriteError
-from bbx.store import FeatureFile, FeatureWriter, Target, check_target, commit, disk, skeleton
+from bbx.store import FeatureFile, FeatureWriter, Target, check_target, commit, disk, rows, skeleton
 from tests.test_store_toys import KEYS, RUN, is_row, make, rest, row_maps
 
 HOLD = """
@@ -167,6 +167,59 @@ def test_commit_starts_in_the_background_after_a_while(out: Path, monkeypatch: p
     with FeatureWriter.open(out, RUN, KEYS) as writer:
         writer.write([0], row_maps([0]))
         assert committed.wait(60)
+
+
+def test_the_system_begins_to_write_between_commits_and_marks_nothing(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+    begin = disk.begin_writing
+    monkeypatch.setattr(commit, "_AHEAD_NBYTES", 1)
+    monkeypatch.setattr(disk, "begin_writing", lambda fd: (begin(fd), begun.set()))
+    monkeypatch.setattr(disk, "make_durable", None)  # nobody may call it
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "COMMIT_SECONDS", 3600.0)
+        writer = FeatureWriter.open(out, RUN, KEYS)
+        writer.write([0], row_maps([0]))
+        assert begun.wait(60)
+        assert sum(status_on_disk(out)) == 0
+    monkeypatch.undo()
+    writer.close()
+    assert status_on_disk(out)[0] == 1
+
+
+def test_many_begun_writes_put_no_commit_off(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = threading.Event()
+    mark = commit.Committer._mark
+    monkeypatch.setattr(commit, "_AHEAD_NBYTES", 1)
+    monkeypatch.setattr(commit, "COMMIT_SECONDS", 0.05)
+    monkeypatch.setattr(commit.Committer, "_mark", lambda *given: (mark(*given), committed.set()))
+    with FeatureWriter.open(out, RUN, KEYS) as writer:
+        for row in range(20):
+            writer.write([row], row_maps([row]))
+            if committed.wait(0.01):
+                break
+        assert committed.wait(60)
+
+
+@pytest.mark.parametrize("layout", ["as they lie on disk", "channels last", "float64", "big-endian"])
+def test_maps_of_any_layout_are_stored_alike_in_one_piece_or_in_many(
+    out: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "_PIECE_NBYTES", 1500)  # of stem's rows one, of the others' several
+    maps = row_maps(range(20))
+    with FeatureWriter.open(out, RUN, KEYS) as writer:
+        order = [*range(0, 20, 2), *range(19, 0, -2)]
+        given = {name: np.ascontiguousarray(values[order]) for name, values in maps.items()}
+        if layout == "channels last":
+            given = {name: np.moveaxis(np.moveaxis(one, 1, -1).copy(), -1, 1) for name, one in given.items()}
+            assert not given["stem"].flags.c_contiguous
+        elif layout != "as they lie on disk":
+            given = {name: one.astype(">f4" if layout == "big-endian" else np.float64) for name, one in given.items()}
+        writer.write(order, given)
+    with FeatureFile(out) as file:
+        assert all(is_row({name: file[name, row] for name in file.stages}, row) for row in range(20))
+        assert all(file.verify_row(name, row) for name in file.stages for row in range(20))
 
 
 def test_file_opens_with_plain_h5py_while_it_is_written(out: Path) -> None:

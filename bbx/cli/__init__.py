@@ -39,6 +39,8 @@ __all__ = [
 
 _ORDER = (extract, show, stages_command, models, info, verify, diff, merge, export)
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.callback))  # as the help lists them
+for _command in app.registered_commands:
+    _command.short_help = (_command.callback.__doc__ or "").partition("\n\n")[0]  # which the help does not cut short
 
 
 def run() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,8 +27,10 @@ app = typer.Typer(
     help="Feature maps of any vision backbone, stage by stage, from a folder of images into one HDF5 file, and drawn.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
+    # Plain help: Rich's panels bring a Markdown parser, and take as long again as everything else that --help does.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 Model = Annotated[
@@ -65,6 +70,18 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
         typer.echo(f"bbx {__version__}")
         raise typer.Exit
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around imports of large packages: the collector goes through every new object meanwhile, and none is garbage."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from bbx.cli.app import (
     app,
     backbone,
     given,
+    loading,
     parse_size,
     print_json,
 )
@@ -65,8 +66,9 @@ def show(
     config: Config = None,
 ) -> None:
     """Draw channel grids of stem and stages, and a contact sheet: of a feature file, or straight from an image."""
-    from bbx import console
-    from bbx import show as drawing
+    with loading():
+        from bbx import console
+        from bbx import show as drawing
 
     options = given(
         layers=layers, weights=weights, seed=seed, size=parse_size(size), resize_mode=resize_mode, exif=exif, norm=norm,
@@ -156,8 +158,9 @@ def models(
 @app.command()
 def info(file: Annotated[str, typer.Argument(help="A feature file")], as_json: Json = False) -> None:
     """Print what a feature file holds, and how it was made."""
-    from bbx import console, facts
-    from bbx.store import open_finished_or_partial
+    with loading():
+        from bbx import console, facts
+        from bbx.store import open_finished_or_partial
 
     with open_finished_or_partial(file) as opened:
         if len(opened) <= _CHECKED_ROWS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from bbx.errors import FileError
 from bbx.spec import Stage
 from bbx.store import FeatureFile, format
+from bbx.store.checksum import crc32
 
 Missing = Literal["skip", "nan"]
 
@@ -97,7 +97,7 @@ class Source:
         block = self.file[stage].get(rows, missing="nan")
         sums = self._checksums(stage, rows)
         for place in np.flatnonzero(self.status[first:last] == format.DONE).tolist():
-            if zlib.crc32(block[place].data) != sums[place]:
+            if crc32(block[place].data) != sums[place]:
                 raise self._damaged(int(rows[place]), f"its features of {stage} do not match their checksum")
         self._read_nbytes += block.nbytes
         if self._progress is not None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -18,6 +17,8 @@ from bbx.errors import WriteError
 
 def save_pages(figures: Iterable[Figure], path: str | Path) -> int:
     """Writes each figure as a page of the PDF at `path`, undated; gives their number. Raises `WriteError`."""
+    from matplotlib.backends.backend_pdf import PdfPages  # brings fontTools, a quarter of a second, for PDF alone
+
     count = 0
     try:
         with PdfPages(path, metadata={"CreationDate": None}) as pages:

@@ -7,7 +7,6 @@ says nothing against the others.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from bbx.errors import FileError
 from bbx.spec import RunSpec
 from bbx.store import format, metadata, trust
 from bbx.store.access import Access
+from bbx.store.checksum import crc32
 from bbx.store.commit import runs
 from bbx.store.format import Counts
 from bbx.store.target import partial_path
@@ -131,7 +131,7 @@ def read_checked(access: Access, stage: str, rows: NDArray[np.int64]) -> tuple[N
                 values[place] = np.nan
     sums = np.empty(len(rows), "<u4")
     access.fill(access.facts.columns[format.checksum_name(stage)], runs(rows), sums)
-    found = np.array([zlib.crc32(row.data) for row in values.reshape(len(rows), -1)], "<u4")
+    found = np.array([crc32(row.data) for row in values.reshape(len(rows), -1)], "<u4")
     return values, readable & (found == sums)
 
 

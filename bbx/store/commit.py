@@ -1,11 +1,13 @@
 """Mark rows as done, and only once their bytes are on disk: the one place that decides what a crash may take.
 
-A background thread syncs the file, then writes the status bytes of the rows that were written before that sync.
+A background thread syncs the file, then writes the status bytes of the rows that were written before that sync. Between
+two syncs it has the system begin to write, so that the disk is never idle and a sync finds little left to do.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +21,8 @@ from bbx.store.format import Column
 COMMIT_NBYTES = 256 * 1024 * 1024
 COMMIT_SECONDS = 5.0
 """A commit starts when this many bytes wait, or this long after the last."""
+_AHEAD_NBYTES = 16 << 20
+"""The system begins to write when it was handed so many more bytes."""
 
 _RETRY = "make room if the disk is full, and run the same command again: it goes on where this stopped"
 
@@ -43,6 +47,8 @@ class Committer:
         self._column = column
         self._written: list[_Written] = []
         self._waiting_nbytes = 0
+        self._unbegun_nbytes = 0
+        self._due = False
         self._wake = threading.Event()
         self._stopping = False
         self._lock = threading.Lock()
@@ -53,8 +59,13 @@ class Committer:
         """Queue `rows`, int64 `(k,)`, whose `nbytes` bytes are written but not yet durable."""
         self._written.append(_Written(rows, status))
         self._waiting_nbytes += nbytes
+        self._unbegun_nbytes += nbytes
         if self._waiting_nbytes >= COMMIT_NBYTES:
-            self._waiting_nbytes = 0
+            self._waiting_nbytes = self._unbegun_nbytes = 0
+            self._due = True
+            self._wake.set()
+        elif self._unbegun_nbytes >= _AHEAD_NBYTES:
+            self._unbegun_nbytes = 0
             self._wake.set()
 
     def flush(self) -> None:
@@ -82,13 +93,19 @@ class Committer:
             raise interrupt
 
     def _run(self) -> None:
+        latest = time.monotonic() + COMMIT_SECONDS
         while not self._stopping:
-            self._wake.wait(COMMIT_SECONDS)
+            self._wake.wait(max(0.0, latest - time.monotonic()))
             self._wake.clear()
+            if not self._due and time.monotonic() < latest:
+                disk.begin_writing(self._fd)
+                continue
+            self._due = False
             try:
                 self._commit()
             except Exception as error:  # Whatever it is, a thread that died unheard would commit nothing more.
                 self.error = WriteError(f"committing rows failed: {type(error).__name__}: {error}", _RETRY)
+            latest = time.monotonic() + COMMIT_SECONDS
 
     def _commit(self) -> None:
         with self._lock:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from bbx.errors import InterruptedRunError, StartError, WriteError
 from bbx.store import carry, disk, format, skeleton, trust
+from bbx.store.checksum import crc32
 from bbx.store.format import Column
 from bbx.store.safefile import SafeFile
 
@@ -177,7 +178,7 @@ class _Packing:
 
     def _unlike(self, column: Column, row: int, found: int) -> Exception:
         """Whose fault a difference is: the source's, if its own row is what was packed."""
-        if zlib.crc32(self.source.rows(column.name, row, 1).data) != found:
+        if crc32(self.source.rows(column.name, row, 1).data) != found:
             return OSError(None, f"row {row} of {column.name} came back otherwise than it was written")
         key = next(key for at, key in enumerate(self._keys()) if at == row)
         return carry.damaged(self.source, row, key, f"does not match its checksum in {column.name}")
@@ -236,7 +237,7 @@ def _crc32(column: Column, chunks: list[bytes]) -> int:
         for place, plane in enumerate(planes):  # four times as fast as the transpose's tobytes()
             values[:, place] = plane
         piece = values.reshape(-1)[:left]
-        crc, left = zlib.crc32(piece.data, crc), left - len(piece)
+        crc, left = crc32(piece.data, crc), left - len(piece)
     return crc
 
 
@@ -262,7 +263,7 @@ def _deflate_zlib(data: bytes) -> bytes:
 
 def _threaded(function: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterator[_Made]:
     """`function` of each item, in order, in as many threads as there are cores, a few items ahead."""
-    threads = _cores()
+    threads = disk.cores()
     waiting: deque[Future[_Made]] = deque()
     with ThreadPoolExecutor(threads, "bbx-deflate") as pool:
         try:
@@ -274,7 +275,3 @@ def _threaded(function: Callable[[_Item], _Made], items: Iterable[_Item]) -> Ite
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

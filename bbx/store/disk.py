@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bbx.errors import StartError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MOST_NBYTES = 1 << 30
 """Per call: Linux takes no more than 2 GiB, and macOS refuses it."""
+_SYNC_FILE_RANGE_WRITE = 2
 _seek_lock = threading.Lock()
 Buffer = Any  # whatever memoryview() takes; collections.abc.Buffer needs Python 3.12
 
@@ -74,6 +76,31 @@ def make_durable(fd: int) -> None:
             os.fsync(fd)
     else:
         getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def begin_writing(fd: int) -> None:
+    """Have the system begin to put what was written to `fd` on the disk, and wait for none of it; a hint, no promise.
+
+    It reports no error and takes none away: the next `make_durable` still meets it (Linux's sync_file_range, without
+    its waiting flags, leaves the descriptor's error state alone).
+    """
+    if call := _sync_file_range():
+        call(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
+
+
+def cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,6 @@ import json
 import math
 import re
 import socket
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from bbx.errors import UsageError
 from bbx.spec import InputFile, RunSpec, Stage
 from bbx.stages import storable_name
+from bbx.store.checksum import crc32
 
 FORMAT = "bbx-features"
 VERSION = "1.1"
@@ -105,7 +105,7 @@ def columns(run: RunSpec, version: tuple[int, int] = (1, 1)) -> tuple[Column, ..
 
 def label(run_text: str, start: int, stop: int, total: int) -> int:
     """CRC32 of the run as the file has it, labels included, and of its place in the job: what no seal covers."""
-    return zlib.crc32(f"{run_text}\n{start} {stop} {total}".encode())
+    return crc32(f"{run_text}\n{start} {stop} {total}".encode())
 
 
 def checksum_name(stage: str) -> str:
@@ -139,9 +139,7 @@ class RowFacts:
             np.ascontiguousarray(self.sums, "<u4").view("u1").reshape(len(self.keys), -1),
         )
         block = np.concatenate(parts, axis=1)
-        return np.array(
-            [zlib.crc32(row.data, zlib.crc32(key)) for key, row in zip(self.keys, block, strict=True)], "<u4"
-        )
+        return np.array([crc32(row.data, crc32(key)) for key, row in zip(self.keys, block, strict=True)], "<u4")
 
 
 def input_arrays(inputs: Sequence[InputFile]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
@@ -225,7 +223,7 @@ def encode_attempt(attempt: Mapping[str, object] | None) -> bytes:
         if isinstance(value, str) and len(value) * keep >= 1:
             facts[longest] = value[: int(len(value) * keep)] + "…"
         text = json.dumps(facts, default=str)
-    sealed = f'{text[:-1]}, "{_CRC}": "{zlib.crc32(text.encode()):08x}"}}'
+    sealed = f'{text[:-1]}, "{_CRC}": "{crc32(text.encode()):08x}"}}'
     return sealed.encode().ljust(ATTEMPT_NBYTES, b"\0")
 
 
@@ -242,7 +240,7 @@ def decode_attempt(slot: bytes, *, sealed: bool = False) -> dict[str, Any]:
     text = slot.rstrip(b"\0").decode("utf-8", "replace")
     if found := re.search(rf', "{_CRC}": "([0-9a-f]{{8}})"}}$', text):
         text = text[: found.start()] + "}"
-    if int(found[1], 16) != zlib.crc32(text.encode()) if found else sealed:
+    if int(found[1], 16) != crc32(text.encode()) if found else sealed:
         return {"unreadable": text[:80]}
     try:
         facts = json.loads(text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from bbx.errors import StartError, UsageError, WriteError
 from bbx.spec import Compress, one_of
 from bbx.store import carry, disk, format, lock, skeleton, trust
+from bbx.store.checksum import crc32
 from bbx.store.compress import Progress, pack
 from bbx.store.format import Column, RowFacts
 from bbx.store.rowjoin import RowJoin
@@ -229,7 +229,7 @@ class _Merge:
         rows = np.empty((len(facts.keys), column.row_nbytes), np.uint8)
         disk.read_at(fd, rows, carry.place(column, first))
         for at, (row, wanted) in enumerate(zip(rows, facts.sums[:, place].tolist(), strict=True)):
-            if zlib.crc32(row.data) != wanted:
+            if crc32(row.data) != wanted:
                 raise self._damaged(column, first + at, wanted)
         self._done += rows.nbytes
         self._step(0)
@@ -238,7 +238,7 @@ class _Merge:
         for piece in self._join.pieces(column.name, row, row + 1):
             opened = self._join.sources[piece.source].opened
             found = carry.read_rows(opened, opened.facts.columns[column.name], piece.first, 1)
-            if zlib.crc32(found.data) != wanted:
+            if crc32(found.data) != wanted:
                 what = f"does not match its checksum in {column.name}"
                 return carry.damaged(opened, piece.first, self._join.keys[row], what)
         return OSError(None, f"row {row} of {column.name} came back otherwise than it was written")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -20,6 +19,7 @@ from bbx.errors import EXIT_SOME_FAILED, BbxError, FileError, UsageError, neares
 from bbx.spec import InputFile, RunSpec, Stage
 from bbx.store import format
 from bbx.store.access import Access
+from bbx.store.checksum import crc32
 from bbx.store.commit import runs
 from bbx.store.format import Column, Counts
 
@@ -160,7 +160,7 @@ class FeatureFile:
         data = np.empty((1, *view.shape[1:]), view.dtype)
         self._access.fill(view.column, [(place, place + 1)], data)
         expected = self._access.rows(format.checksum_name(stage), place, 1)[0]
-        return zlib.crc32(data.data) == int(expected)
+        return crc32(data.data) == int(expected)
 
     def broken_seals(self) -> NDArray[np.int64]:
         """The rows, done or failed, whose key, mark, reason, input facts or checksums were changed; int64 ascending."""

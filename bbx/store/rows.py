@@ -1,12 +1,17 @@
-"""The bytes of rows, written at their places through one descriptor; which of them count is the committer's to say."""
+"""The bytes of rows, written at their places through one descriptor; which of them count is the committer's to say.
+
+A system takes one write into a file at a time, so one thread does nothing but write; a few more lay the rows out
+and check-sum them, a few pieces ahead of it.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-import zlib
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,30 @@ from numpy.typing import NDArray
 from bbx.errors import StartError, UsageError, WriteError
 from bbx.spec import InputFile
 from bbx.store import disk, format, lock
+from bbx.store.checksum import crc32
 from bbx.store.commit import failed, runs
 from bbx.store.format import Column
+
+_PIECE_NBYTES = 4 << 20
+"""Rows are laid out, check-summed and written so much at a time: small enough for a CPU's caches, large for a call."""
+_THREADS = 4
+"""At most: with them one thread's writes are what is waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some rows of one stage: `values` `(k, *row_shape)`, of any float type and order, from `first` of the batch on."""
+
+    column: Column
+    stage: int
+    first: int
+    values: NDArray[Any]
+
+    def ready(self) -> tuple[NDArray[Any], NDArray[np.uint32]]:
+        """The rows as they go to disk, and the CRC32 of each, `(k,)`."""
+        with np.errstate(over="ignore"):
+            rows = np.ascontiguousarray(self.values, dtype=self.column.dtype)
+        return rows, np.array([crc32(row.data) for row in rows.reshape(len(rows), -1)], "<u4")
 
 
 class Rows:
@@ -36,7 +63,8 @@ class Rows:
         if not lock.try_lock(self.fd, shared=True):  # so that no HDF5 program opens the file to write
             lock.disown(self.fd)
             raise StartError(f"{path} is open for writing in another program", "close it there")
-        self._pool = ThreadPoolExecutor(1, "bbx-checksum")
+        self._threads = min(_THREADS, disk.cores())
+        self._pool = ThreadPoolExecutor(self._threads, "bbx-checksum")
         # A thread that outlived an interrupt must not write to a descriptor that is somebody else's by then.
         self._using = threading.Lock()
         self._closed = False
@@ -56,7 +84,7 @@ class Rows:
         inputs: Sequence[InputFile],
         reason: bytes,
     ) -> None:
-        """Write features, `(k, *stage.shape)`, and facts of the rows `places`, `(k,)`, all but their marks.
+        """Write features, `(k, *stage.shape)` of any float type, and facts of the rows `places`, all but their marks.
 
         Raises `WriteError`, which stays in `error`.
         """
@@ -66,11 +94,12 @@ class Rows:
         with self._using:
             if self._closed:
                 raise UsageError(f"the writer of {self._path} is closed")
-            for column, (name, array) in enumerate(arrays.items()):
-                waiting = self._pool.submit(_checksums, array)  # beside the write: both let go of the interpreter
-                self._write(name, places, array)
-                sums[:, column] = waiting.result()
-                self._write(format.checksum_name(name), places, sums[:, column].copy())
+            for piece, rows, found in self._laid_out(arrays):
+                last = piece.first + len(rows)
+                sums[piece.first : last, piece.stage] = found
+                self._write(piece.column.name, places[piece.first : last], rows)
+            for stage, name in enumerate(arrays):
+                self._write(format.checksum_name(name), places, sums[:, stage].copy())
             self._put_facts(places, status, inputs, reason, sums)
 
     def put_attempt(self, slot: int, attempt: Mapping[str, object]) -> None:
@@ -83,6 +112,29 @@ class Rows:
             disk.write_at(self.fd, bytes(last - first), _offset(self._columns[format.STATUS], first))
         if len(places):
             disk.make_durable(self.fd)
+
+    def _laid_out(
+        self, arrays: Mapping[str, NDArray[Any]]
+    ) -> Iterator[tuple[_Piece, NDArray[Any], NDArray[np.uint32]]]:
+        """Each piece with what `ready` makes of it, in order, few of them in memory; a small batch without threads."""
+        pieces = list(self._pieces(arrays))
+        if len(pieces) == len(arrays) and sum(array.nbytes for array in arrays.values()) < _PIECE_NBYTES:
+            yield from ((piece, *piece.ready()) for piece in pieces)
+            return
+        waiting: deque[tuple[_Piece, Future[tuple[NDArray[Any], NDArray[np.uint32]]]]] = deque()
+        for piece in pieces:
+            waiting.append((piece, self._pool.submit(piece.ready)))
+            if len(waiting) > 2 * self._threads:
+                first, ready = waiting.popleft()
+                yield first, *ready.result()
+        yield from ((piece, *ready.result()) for piece, ready in waiting)
+
+    def _pieces(self, arrays: Mapping[str, NDArray[Any]]) -> Iterator[_Piece]:
+        for stage, (name, array) in enumerate(arrays.items()):
+            column = self._columns[name]
+            count = max(1, _PIECE_NBYTES // column.row_nbytes)
+            for first in range(0, len(array), count):
+                yield _Piece(column, stage, first, array[first : first + count])
 
     def _put_facts(
         self,
@@ -116,11 +168,6 @@ class Rows:
         except OSError as error:
             self.error = failed(f"write to {self._path}", error)
             raise self.error from error
-
-
-def _checksums(array: NDArray[Any]) -> NDArray[np.uint32]:
-    """CRC32 of each row's bytes, `(b,)`."""
-    return np.array([zlib.crc32(row.data) for row in array.reshape(len(array), -1)], "<u4")
 
 
 def _offset(column: Column, row: int) -> int:

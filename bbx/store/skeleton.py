@@ -11,7 +11,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +126,8 @@ def _check_fits(path: Path, run: RunSpec, keys: Sequence[str], stage_nbytes: int
 
 
 def _root_attributes(file: h5py.File, run: RunSpec, rows: int, part: Part) -> None:
+    from importlib import metadata  # for reading nobody needs it
+
     stop = part.start + rows
     total = stop if part.total is None else part.total
     file.attrs.update(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from bbx.errors import RunMismatchError, StartError
 from bbx.spec import Stage
 from bbx.store import carry, format
+from bbx.store.checksum import crc32
 from bbx.store.commit import runs
 from bbx.store.format import RowFacts
 from bbx.store.sources import Names, Piece, Source, compare_runs, refuse_pending
@@ -149,4 +149,4 @@ def _in_network_order(sources: Sequence[Source]) -> tuple[Stage, ...]:
 
 
 def _nan_crc32(stage: Stage, dtype: str) -> int:
-    return zlib.crc32(np.full(stage.shape, np.nan, "<f2" if dtype == "float16" else "<f4").data)
+    return crc32(np.full(stage.shape, np.nan, "<f2" if dtype == "float16" else "<f4").data)

@@ -8,7 +8,6 @@ each source when the file is opened (`trust`).
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from bbx.errors import FileError, StartError
 from bbx.store import skeleton
+from bbx.store.checksum import crc32
 from bbx.store.format import Column
 
 MOST_PIECES = 4096
@@ -118,5 +118,5 @@ def refuse_fill(rows: NDArray[Any], sums: Callable[[], NDArray[Any]]) -> None:
         return
     wanted = sums()
     for row in odd:
-        if zlib.crc32(flat[row].data) != int(wanted[row]):
+        if crc32(flat[row].data) != int(wanted[row]):
             raise FileError("a file that rows are taken from went away, or cannot be opened", "open the file again")

@@ -269,7 +269,7 @@ class FeatureWriter:
         return places
 
     def _checked_maps(self, maps: Mapping[str, NDArray[Any]], count: int) -> dict[str, NDArray[Any]]:
-        """The maps as they go to disk: the run's type, little-endian, in C order."""
+        """The maps as they were given, each of the right shape and a float type."""
         names = [stage.name for stage in self.run.stages]
         if set(maps) != set(names):
             raise UsageError(f"got the stages {', '.join(maps) or 'none'}, and the run has {', '.join(names)}")
@@ -280,8 +280,7 @@ class FeatureWriter:
                 raise UsageError(f"{name} has shape {given.shape}, not {(count, *column.row_shape)}")
             if given.dtype.kind in "cOSUMmb":
                 raise UsageError(f"{name} has type {given.dtype}, which is no float type")
-            with np.errstate(over="ignore"):
-                arrays[name] = np.ascontiguousarray(given, dtype=column.dtype)
+            arrays[name] = given
         return arrays
 
     def _store(
@@ -297,7 +296,7 @@ class FeatureWriter:
             return
         self._rows.put(places, arrays, status, inputs or [InputFile()] * len(places), reason)
         self._status[places] = status
-        self._committer.add(places, status, sum(array.nbytes for array in arrays.values()))
+        self._committer.add(places, status, len(places) * self.run.row_nbytes)
 
 
 def _remove_packed_source(packed: trust.OpenFile, plain: Path) -> None:
