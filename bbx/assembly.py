@@ -23,7 +23,7 @@ from bbx.errors import UsageError, nearest
 from bbx.providers import load_backbone, load_structure
 from bbx.providers.table import PROVIDERS, fold, imported
 from bbx.recipe import Model, Pyramid, checked, read, tidied
-from bbx.spec import BUILD, Build, ExifMode, ModelRef, Norm, ResizeMode
+from bbx.spec import BUILD, Build, Decode, ExifMode, ModelRef, Norm, ResizeMode
 from bbx.stages import align_stages
 from bbx.taps import Tap, capture, channels_first
 from bbx.weights import digest
@@ -40,6 +40,7 @@ def assemble(
     norm: Norm = "raw",
     resize_mode: ResizeMode | None = None,
     exif: ExifMode | None = None,
+    decode: Decode | None = None,
     structure: bool = False,
 ) -> Backbone:
     """The model that `config`, a mapping or a .yaml, .toml or .json file, describes; `stages` as `load_backbone`'s.
@@ -55,7 +56,8 @@ def assemble(
     height_width = (size, size) if isinstance(size, int) else size
     build = Build(seed=seed, size=height_width, norm=norm, structure=structure)
     backbone = load_model(recipe, build) if isinstance(recipe, Model) else load_pyramid(recipe, build)
-    backbone = replace(backbone, preprocess=backbone.preprocess.override(mode=resize_mode, exif=exif))
+    preprocess = backbone.preprocess.override(mode=resize_mode, exif=exif, decode=decode)
+    backbone = replace(backbone, preprocess=preprocess)
     return backbone.select("all" if structure and stages is None else stages, layers=layers)
 
 

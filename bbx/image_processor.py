@@ -21,7 +21,7 @@ from bbx.backbone import normalise
 from bbx.errors import UsageError
 from bbx.images import prepare, read_image
 from bbx.providers import load_structure, saved
-from bbx.spec import ExifMode, Preprocess, ResizeMode, one_of
+from bbx.spec import Decode, ExifMode, Preprocess, ResizeMode, one_of
 
 Picture = Image.Image | str | os.PathLike[str] | NDArray[Any] | Tensor
 
@@ -54,16 +54,18 @@ class AutoImageProcessor:
         size: int | tuple[int, int] | None = None,
         resize_mode: ResizeMode | None = None,
         exif: ExifMode | None = None,
+        decode: Decode | None = None,
     ) -> AutoImageProcessor:
         """The preprocessing of the weights that `model` names (nothing is downloaded for torchvision and timm).
 
-        `size`, (height, width) in pixels, `resize_mode` and `exif` override it. Raises `UsageError`, `WeightsError`.
+        `size`, (height, width) in pixels, `resize_mode`, `exif` and `decode` override it. Raises `UsageError`,
+        `WeightsError`.
         """
         height_width = (size, size) if isinstance(size, int) else size
         folder = Path(model)
         own = saved.read_config(folder).preprocess if saved.is_saved(folder) else None
         preprocess = own or load_structure(str(model), weights=weights, size=height_width).preprocess
-        return cls(preprocess.override(size=height_width, mode=resize_mode, exif=exif))
+        return cls(preprocess.override(size=height_width, mode=resize_mode, exif=exif, decode=decode))
 
     def __call__(
         self, images: Picture | Sequence[Picture], return_tensors: Literal["pt", "np"] | None = None

@@ -18,7 +18,7 @@ from bbx.pictures import facts_of, is_near, recorded_roots
 from bbx.providers import load_backbone, resolve
 from bbx.recipe import read as read_config
 from bbx.skip import has_changed
-from bbx.spec import ExifMode, InputFile, Norm, ResizeMode, RunSpec
+from bbx.spec import Decode, ExifMode, InputFile, Norm, ResizeMode, RunSpec
 from bbx.store import open_finished_or_partial
 
 _RANDOM = re.compile(r"random \(seed (\d+)\)")
@@ -34,6 +34,7 @@ class Request:
     size: tuple[int, int] | None = None
     resize_mode: ResizeMode | None = None
     exif: ExifMode = "apply"
+    decode: Decode = "exact"
     norm: Norm = "raw"
     tokens: bool = False
     config: Mapping[str, Any] | None = None
@@ -41,8 +42,8 @@ class Request:
     def build(self, stages: str | Iterable[str | int] | None = None, layers: str | Iterable[str] = ()) -> Backbone:
         """The backbone, giving `stages` and `layers`. Raises `UsageError`, `StartError` and its kin."""
         shared: dict[str, Any] = {
-            "seed": self.seed, "size": self.size, "resize_mode": self.resize_mode, "exif": self.exif, "norm": self.norm,
-            "stages": stages, "layers": layers,
+            "seed": self.seed, "size": self.size, "resize_mode": self.resize_mode, "exif": self.exif,
+            "decode": self.decode, "norm": self.norm, "stages": stages, "layers": layers,
         }  # fmt: skip
         if self.config is not None:
             if self.weights != "auto" or self.tokens:

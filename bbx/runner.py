@@ -24,6 +24,7 @@ from bbx.skip import skip_held
 from bbx.spec import (
     ChannelsLast,
     Compress,
+    Decode,
     Dtype,
     Engine,
     ExifMode,
@@ -44,13 +45,13 @@ BATCH_SIZES = {"cpu": 8}
 
 USUAL: dict[str, Any] = {
     "model": "", "config": None, "stages": None, "layers": (), "weights": "auto", "seed": 0, "size": None,
-    "resize_mode": None, "exif": "apply", "norm": "raw", "tokens": False,
+    "resize_mode": None, "exif": "apply", "decode": "exact", "norm": "raw", "tokens": False,
     "dtype": "float32", "precision": "float32", "pool": "none",
 }  # fmt: skip
 """What makes the run, where neither the caller nor the file of `like` says it."""
 # What in a run follows from which option: with one of these given, `like` does not vouch for the weights, or the input.
 _WEIGHTS = {"model", "config", "weights", "seed"}
-_INPUT = {"model", "config", "weights", "size", "resize_mode", "exif"}
+_INPUT = {"model", "config", "weights", "size", "resize_mode", "exif", "decode"}
 
 
 def extract(
@@ -65,6 +66,7 @@ def extract(
     size: int | tuple[int, int] | None = None,
     resize_mode: ResizeMode | None = None,
     exif: ExifMode | None = None,
+    decode: Decode | None = None,
     norm: Norm | None = None,
     tokens: bool | None = None,
     dtype: Dtype | None = None,
@@ -99,6 +101,7 @@ def extract(
     `select_stages` (default: the last), `layers` any module paths or globs. `weights`: `auto` (the default), `random`
     (by `seed`, default 0), a file, or the library's name for some.
     `size` (pixels, or (height, width)), `resize_mode` and `exif` override the weights' own preprocessing.
+    `decode`: `exact`, the pixels of the weights' own library (the default), or `fast`, nearly the same for less.
     `norm`: `raw` maps (the default), or `native`, what the library's own backbone class gives; `tokens`: a plain ViT's
     stages as `(t, d)`, prefix tokens kept.
     `dtype` is on disk, `precision` in computing, both float32 by default; `pool` stores `(c,)` per stage instead of
@@ -123,7 +126,7 @@ def extract(
     wishes = {
         "model": model, "config": config_of(config), "stages": stages, "layers": layers, "weights": weights,
         "seed": seed, "size": (size, size) if isinstance(size, int) else size, "resize_mode": resize_mode, "exif": exif,
-        "norm": norm, "tokens": tokens, "dtype": dtype, "precision": precision, "pool": pool,
+        "decode": decode, "norm": norm, "tokens": tokens, "dtype": dtype, "precision": precision, "pool": pool,
     }  # fmt: skip
     given = {name: value for name, value in wishes.items() if value is not None}
     _check_numbers(batch_size=batch_size, workers=workers, image_timeout=image_timeout, max_pixels=max_pixels)
@@ -260,7 +263,7 @@ def _check_words(options: Mapping[str, Any]) -> None:
     """Raises `UsageError` unless each value is one of its option's words."""
     words = {
         "dtype": Dtype, "precision": Precision, "pool": Pool, "norm": Norm, "mode": Mode, "on_error": OnError,
-        "compress": Compress, "resize_mode": ResizeMode, "exif": ExifMode, "engine": Engine,
+        "compress": Compress, "resize_mode": ResizeMode, "exif": ExifMode, "decode": Decode, "engine": Engine,
         "channels_last": ChannelsLast,
     }  # fmt: skip
     for name, value in options.items():

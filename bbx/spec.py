@@ -17,6 +17,7 @@ from bbx.errors import FileError, UsageError, nearest
 
 ResizeMode = Literal["crop", "squash", "pad"]
 ExifMode = Literal["apply", "ignore"]
+Decode = Literal["exact", "fast"]
 Dtype = Literal["float32", "float16"]
 Precision = Literal["float32", "tf32", "bf16", "fp16"]
 Pool = Literal["none", "avg", "max"]
@@ -127,6 +128,8 @@ class Preprocess:
     `exif`: whether the orientation tag is applied first, so that the network sees the picture as a person does.
     `processor`: where it is not empty, the JSON text of the transformers image processor that does all but the
     orientation; the numbers then only describe it.
+    `decode`: `exact`, the pixels of the weights' own library, or `fast`, nearly the same for less: a JPEG decoded at a
+    fraction, only what the input shows scaled (`bbx.images.fit`).
     """
 
     size: tuple[int, int]
@@ -137,9 +140,15 @@ class Preprocess:
     mode: ResizeMode = "crop"
     exif: ExifMode = "apply"
     processor: str = ""
+    decode: Decode = "exact"
 
     def override(
-        self, *, size: tuple[int, int] | None = None, mode: ResizeMode | None = None, exif: ExifMode | None = None
+        self,
+        *,
+        size: tuple[int, int] | None = None,
+        mode: ResizeMode | None = None,
+        exif: ExifMode | None = None,
+        decode: Decode | None = None,
     ) -> Preprocess:
         """A copy with the user's wishes; a new `size` keeps the weights' own ratio of resize to crop.
 
@@ -156,7 +165,7 @@ class Preprocess:
             changed = replace(changed, size=size, resize=round(min(size) * ratio))
         if mode in ("squash", "pad"):
             changed = replace(changed, resize=min(changed.size))
-        return replace(changed, mode=mode or self.mode, exif=exif or self.exif)
+        return replace(changed, mode=mode or self.mode, exif=exif or self.exif, decode=decode or self.decode)
 
     @property
     def box(self) -> tuple[int, int]:
@@ -182,7 +191,8 @@ class Preprocess:
         }[self.mode] + (cut if self.mode == "crop" or self.box != self.size else "")
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         by = f"{self.processor_name}: " if self.processor_name else ""
-        return f"{by}{how}, mean ({mean}), std ({std}), EXIF orientation {self.exif}"
+        decode = "" if self.decode == "exact" else f", decode {self.decode}"
+        return f"{by}{how}, mean ({mean}), std ({std}), EXIF orientation {self.exif}{decode}"
 
 
 class InputFile(NamedTuple):
@@ -264,6 +274,7 @@ class RunSpec:
             (data, "config", ""),
             (data, "source", ""),
             (data["preprocess"], "processor", ""),
+            (data["preprocess"], "decode", "exact"),
         ):
             if holder[name] == usual:
                 del holder[name]
@@ -284,6 +295,8 @@ class RunSpec:
                 raise FileError(f"the run description has an unknown {name}: {getattr(run, name)!r}")
         if preprocess.mode not in get_args(ResizeMode) or preprocess.exif not in get_args(ExifMode):
             raise FileError(f"the run description has an unknown preprocessing: {preprocess.mode}, {preprocess.exif}")
+        if preprocess.decode not in get_args(Decode):
+            raise FileError(f"the run description has an unknown decode: {preprocess.decode!r}")
         if not (min(*preprocess.size, preprocess.resize) > 0 and math.prod(preprocess.size) <= _MOST_PIXELS):
             raise FileError(f"the run description has an impossible input size: {preprocess.size}")
         return run

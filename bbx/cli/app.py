@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bbx.errors import UsageError
-from bbx.spec import ExifMode, Norm, ResizeMode
+from bbx.spec import Decode, ExifMode, Norm, ResizeMode
 
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
@@ -49,6 +49,9 @@ Size = Annotated[
 ]
 Resize = Annotated[ResizeMode | None, typer.Option(help="How the picture is fitted to the input (default: crop)")]
 Exif = Annotated[ExifMode | None, typer.Option(help="The orientation tag of photographs (default: apply)")]
+DecodeOption = Annotated[
+    Decode | None, typer.Option("--decode", help="fast: nearly the same pixels for less (default: exact)")
+]
 Config = Annotated[
     str | None, typer.Option(help="A .yaml, .toml or .json file: backbone, neck and head", metavar="FILE")
 ]

@@ -11,6 +11,7 @@ import typer
 from bbx.cli.app import (
     EXIT_CODES,
     Config,
+    DecodeOption,
     Exif,
     Json,
     Layers,
@@ -51,6 +52,7 @@ def extract(
     size: Size = None,
     resize_mode: Resize = None,
     exif: Exif = None,
+    decode: DecodeOption = None,
     norm: NormOption = None,
     tokens: Tokens = None,
     batch_size: Annotated[
@@ -108,8 +110,8 @@ def extract(
 
         options = given(
             model=model, config=config, stages=stages, layers=layers, weights=weights, seed=seed, size=parse_size(size),
-            resize_mode=resize_mode,
-            exif=exif, norm=norm, tokens=tokens, batch_size=batch_size, workers=workers, device=device,
+            resize_mode=resize_mode, exif=exif, decode=decode, norm=norm, tokens=tokens,
+            batch_size=batch_size, workers=workers, device=device,
             engine=engine, channels_last=channels_last, dtype=dtype, precision=precision,
             pool=pool, like=like, skip_in=skip_in, output=output, mode=mode, retry_failed=retry_failed,
             compress=compress, deterministic=deterministic, image_timeout=image_timeout, max_pixels=max_pixels,

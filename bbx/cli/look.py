@@ -9,6 +9,7 @@ import typer
 
 from bbx.cli.app import (
     Config,
+    DecodeOption,
     Exif,
     Json,
     Layers,
@@ -61,6 +62,7 @@ def show(
     size: Size = None,
     resize_mode: Resize = None,
     exif: Exif = None,
+    decode: DecodeOption = None,
     norm: NormOption = None,
     tokens: Tokens = None,
     config: Config = None,
@@ -71,8 +73,8 @@ def show(
         from bbx import show as drawing
 
     options = given(
-        layers=layers, weights=weights, seed=seed, size=parse_size(size), resize_mode=resize_mode, exif=exif, norm=norm,
-        tokens=tokens,
+        layers=layers, weights=weights, seed=seed, size=parse_size(size), resize_mode=resize_mode, exif=exif,
+        decode=decode, norm=norm, tokens=tokens,
     )  # fmt: skip
     if model or config:
         if image or root:

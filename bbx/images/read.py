@@ -1,9 +1,8 @@
 """One image file → the uint8 pixels the network sees, or an `ImageError` whose message is the row's reason.
 
-Bit-equal to the library's own transform of the same upright picture: `torchvision.transforms._presets` and
-`torchvision/transforms/functional.py` (`resize`, `center_crop`) on the PIL path. Pillow's shortcuts (`draft`,
-`reducing_gap`, `box`) change pixels and are therefore not taken. TIFF's orientation is applied by Pillow while
-decoding, so that `exif="ignore"` cannot undo it.
+Bit-equal to the library's own transform of the same upright picture, `torchvision.transforms._presets` on the PIL path,
+unless `decode="fast"` is asked for (`fit`). TIFF's orientation is applied by Pillow while decoding, so that
+`exif="ignore"` cannot undo it.
 """
 
 from __future__ import annotations
@@ -17,13 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from bbx.errors import ImageError, UsageError
-from bbx.images import source
+from bbx.errors import ImageError
+from bbx.images import fit, source
 from bbx.images.formats import claimed_format, readable_formats, silence_pillow
 from bbx.spec import InputFile, Preprocess
 
-# A 1 x 10000 picture scaled to a short side of 256 would be 655 million pixels; 2**26 of them are 256 MiB in Pillow.
-_MAX_SCALED_PIXELS = 1 << 26
 # Where Pillow itself speaks of a decompression bomb.
 MAX_PIXELS = 2 * 89_478_485
 _REASON_LENGTH = 200
@@ -76,7 +73,7 @@ def decode(
     path: str | os.PathLike[str], preprocess: Preprocess, *, max_pixels: int = MAX_PIXELS, digest: bool = True
 ) -> Decoded:
     """As `read_image`, a failure being an answer like any other; `digest`: the content's is taken too."""
-    _filter(preprocess)
+    fit.resampling(preprocess)
     silence_pillow()
     text = os.fspath(path)
     facts = InputFile()
@@ -86,7 +83,8 @@ def decode(
             content = source.held(file, facts)
             if digest and content is not file:
                 facts = facts._replace(digest=source.digest(content))
-            pixels = prepare(_identify(content, max_pixels), preprocess)
+            image = _identify(content, max_pixels)
+            pixels = prepare(image, preprocess, draft=_draft(image, preprocess))
             if content is file:  # a large one, and no rubbish, else it would not have got here
                 facts_now = facts._replace(digest=source.digest(file)) if digest else facts
                 source.check_unchanged(file, facts)
@@ -97,10 +95,11 @@ def decode(
     return Decoded(pixels, "", facts)
 
 
-def prepare(image: Image.Image, preprocess: Preprocess) -> NDArray[Any]:
+def prepare(image: Image.Image, preprocess: Preprocess, *, draft: fit.Draft | None = None) -> NDArray[Any]:
     """`image` upright, as RGB, scaled and cut by `preprocess`: `(h, w, 3)` uint8.
 
-    A transformers image processor may give float32 instead (`bbx.processor.cell_dtype`).
+    A transformers image processor may give float32 instead (`bbx.processor.cell_dtype`). `draft`: what the pixels of
+    `image` stand for, where they are to be decoded at a fraction.
 
     Raises `ImageError` where the picture has no mapping to 8 bits or would be scaled beyond 2**26 pixels, and
     whatever Pillow raises where `image` is not loaded yet and fails to.
@@ -108,28 +107,21 @@ def prepare(image: Image.Image, preprocess: Preprocess) -> NDArray[Any]:
     image.load()
     turn = _turn(image) if preprocess.exif == "apply" else None
     rgb = _to_rgb(image)
+    if preprocess.decode == "fast" and not preprocess.processor:
+        return fit.fast(rgb, turn, draft or fit.Draft(rgb.size), preprocess)
     if turn is not None:
         rgb = rgb.transpose(turn)
     if preprocess.processor:
         from bbx.processor import geometry
 
         return geometry(rgb, preprocess)
-    if preprocess.mode == "squash":
-        scaled, fill = preprocess.box, (0, 0, 0)
-    elif preprocess.mode == "pad":
-        red, green, blue = (round(value * 255) for value in preprocess.mean)
-        scaled, fill = _inside(rgb, preprocess.box), (red, green, blue)
-    else:
-        scaled, fill = _covering(rgb, preprocess.box), (0, 0, 0)  # for a square crop, torchvision's rule
-    return _centred(_resize(rgb, scaled, _filter(preprocess)), preprocess.size, fill)
+    return fit.exactly(rgb, preprocess)
 
 
-def _filter(preprocess: Preprocess) -> Image.Resampling:
-    try:
-        return Image.Resampling[preprocess.interpolation.upper()]
-    except KeyError:
-        known = ", ".join(name.lower() for name in Image.Resampling.__members__)
-        raise UsageError(f"no interpolation {preprocess.interpolation!r}", f"Pillow has {known}") from None
+def _draft(image: Image.Image, preprocess: Preprocess) -> fit.Draft | None:
+    if preprocess.decode == "exact":
+        return None
+    return fit.draft(image, _turn(image) if preprocess.exif == "apply" else None, preprocess)
 
 
 def _identify(file: BinaryIO, max_pixels: int) -> Image.Image:
@@ -185,51 +177,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.copy()
         del image.info["transparency"]
     return image.convert("RGB")
-
-
-def _covering(image: Image.Image, box: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of `image` scaled to cover `box`; truncates the longer side as torchvision does."""
-    height, width = box
-    if image.width * height <= image.height * width:
-        return int(width * image.height / image.width), width
-    return height, int(height * image.width / image.height)
-
-
-def _inside(image: Image.Image, box: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of `image` scaled to touch `box` from inside, at least one pixel each way."""
-    height, width = box
-    if image.width * height <= image.height * width:
-        return height, max(1, round(height * image.width / image.height))
-    return max(1, round(width * image.height / image.width)), width
-
-
-def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    height, width = size
-    if (height, width) == (image.height, image.width):
-        return image
-    # Pillow scales the width first, so that the picture in between has the source's height.
-    if width * max(height, image.height) > _MAX_SCALED_PIXELS:
-        source = f"{image.width} x {image.height}"
-        raise ImageError(f"too long and narrow ({source} pixels would be scaled to {width} x {height})")
-    return image.resize((width, height), resample)
-
-
-def _centred(image: Image.Image, size: tuple[int, int], fill: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The centre of `image`, `size` (height, width); where `image` is smaller, `fill` surrounds it."""
-    height, width = size
-    # Python's round, to even, and floor when padding: torchvision's center_crop, to the pixel.
-    left, top = (round(max(0, have - want) / 2) for have, want in ((image.width, width), (image.height, height)))
-    if image.width > width or image.height > height:
-        image = image.crop((left, top, left + min(width, image.width), top + min(height, image.height)))
-    if image.size == (width, height):
-        return np.array(image)
-    if width * height > _MAX_SCALED_PIXELS:
-        raise ImageError(f"the input's {width} x {height} pixels are too many")
-    canvas = np.empty((height, width, 3), np.uint8)
-    canvas[...] = fill
-    left, top = (width - image.width) // 2, (height - image.height) // 2
-    canvas[top : top + image.height, left : left + image.width] = np.asarray(image)
-    return canvas
 
 
 def _reason(error: Exception, max_pixels: int) -> str:

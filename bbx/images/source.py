@@ -46,7 +46,7 @@ def held(file: BinaryIO, facts: InputFile) -> BinaryIO:
     """The content in memory, or where it is large the file itself."""
     if facts.nbytes > _HELD_NBYTES:
         return file
-    content = file.read(_HELD_NBYTES)
+    content = file.read(facts.nbytes + 1)  # more would be set aside in full; that one byte tells of a file that grew
     check_unchanged(file, facts)
     return io.BytesIO(content)
 

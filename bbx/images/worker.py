@@ -23,6 +23,8 @@ from bbx.spec import InputFile, Preprocess
 
 _MOST_NBYTES_PER_PIXEL = 16
 _ROOM_NBYTES = 1 << 29
+# Of memory that images needed, kept for the next: to give pages back cost 15 of 70 ms where some are of 12 megapixels.
+_KEPT_NBYTES = 1 << 27
 
 
 def main() -> None:
@@ -31,6 +33,7 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
     _die_with_parent()
+    _keep_memory()
     requests, answers = sys.stdin.buffer, _private_stdout()
     settings = json.loads(requests.readline())
     preprocess = Preprocess(**{name: _tuple(value) for name, value in settings["preprocess"].items()})
@@ -98,3 +101,13 @@ def _die_with_parent() -> None:
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _keep_memory() -> None:
+    """On Linux: glibc gives a picture's pages back to the kernel, which clears them anew for the next one."""
+    if sys.platform.startswith("linux"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            libc.mallopt(trim_threshold, _KEPT_NBYTES)
+            libc.mallopt(mmap_threshold, 1 << 25)  # Pillow's blocks are of 1 << 24

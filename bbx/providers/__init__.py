@@ -19,7 +19,7 @@ from bbx.providers import catalog, saved
 from bbx.providers.aliases import TWINS, twins
 from bbx.providers.listing import list_models
 from bbx.providers.table import EXTRAS, PROVIDERS, fold, imported, is_installed, squeeze
-from bbx.spec import Build, ExifMode, ModelRef, Norm, ResizeMode, one_of
+from bbx.spec import Build, Decode, ExifMode, ModelRef, Norm, ResizeMode, one_of
 
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
@@ -80,6 +80,7 @@ def load_backbone(
     size: int | tuple[int, int] | None = None,
     resize_mode: ResizeMode | None = None,
     exif: ExifMode | None = None,
+    decode: Decode | None = None,
     norm: Norm = "raw",
     tokens: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -87,7 +88,7 @@ def load_backbone(
     """The backbone `model` names, giving `stages` (default: the last) and `layers` (module paths or globs).
 
     `weights`: `auto` (the default pretrained ones), `random` (by `seed`), a file, or the provider's name for some.
-    `size`, input (height, width) in pixels, `resize_mode` and `exif` override the weights' own preprocessing.
+    `size`, input (height, width) in pixels, `resize_mode`, `exif` and `decode` override the weights' own preprocessing.
     `norm`: `raw` maps, or `native`, what the library's own backbone class gives. `tokens`: the stages of a plain ViT as
     `(t, d)`. `options`: the library's own arguments of the model. Raises `UsageError`, `StartError` and its kin.
     """
@@ -96,6 +97,7 @@ def load_backbone(
     content = saved.read_config(folder) if saved.is_saved(folder) else None
     one_of("--resize-mode", resize_mode or "crop", ResizeMode)
     one_of("--exif", exif or "apply", ExifMode)
+    one_of("--decode", decode or "exact", Decode)
     one_of("--norm", norm, Norm)
     height_width = (size, size) if isinstance(size, int) else size
     if height_width is not None and (len(height_width) != 2 or not all(isinstance(side, int) for side in height_width)):
@@ -105,7 +107,7 @@ def load_backbone(
         backbone = _from_folder(ref, content, folder, _agreed(content.build, build, folder))
     else:
         backbone = _load(ref, build)
-    preprocess = backbone.preprocess.override(mode=resize_mode, exif=exif)
+    preprocess = backbone.preprocess.override(mode=resize_mode, exif=exif, decode=decode)
     return replace(backbone, preprocess=preprocess).select(stages, layers=layers)
 
 
