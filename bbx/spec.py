@@ -157,6 +157,7 @@ class Preprocess:
         """
         changed = self
         if (size or self.size) != self.size or (mode or self.mode) != self.mode:
+            self._check_plain()
             changed = replace(changed, processor="")
         if size is not None and size != self.size:
             if min(size) < 1 or math.prod(size) > _MOST_PIXELS:
@@ -166,6 +167,18 @@ class Preprocess:
         if mode in ("squash", "pad"):
             changed = replace(changed, resize=min(changed.size))
         return replace(changed, mode=mode or self.mode, exif=exif or self.exif, decode=decode or self.decode)
+
+    def _check_plain(self) -> None:
+        """Raises `UsageError` where the image processor does to values what the numbers here cannot say."""
+        facts = json.loads(self.processor or "{}")
+        odd = [name for name in ("do_flip_channel_order", "rescale_offset") if facts.get(name)]
+        if not math.isclose(float(facts.get("rescale_factor") or 1 / 255) * 255, 1):
+            odd.append(f"rescale_factor {facts['rescale_factor']}")
+        if odd:
+            raise UsageError(
+                f"{self.processor_name} has {', '.join(odd)}, which bbx's own resizing would leave out",
+                "leave --size and --resize-mode out: this model's input is what its processor makes",
+            )
 
     @property
     def box(self) -> tuple[int, int]:

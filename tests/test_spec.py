@@ -111,3 +111,21 @@ def test_the_label_of_the_weights_makes_no_other_run():
 def test_a_damaged_run_description_is_a_file_error(text):
     with pytest.raises(FileError):
         RunSpec.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("fact", "named"),
+    [
+        ('"do_flip_channel_order": true', "do_flip_channel_order"),
+        ('"rescale_offset": true', "rescale_offset"),
+        ('"rescale_factor": 1.0', "rescale_factor 1.0"),
+    ],
+)
+def test_an_image_processor_whose_values_no_resize_of_bbx_gives_is_not_replaced(fact, named):
+    odd = replace(PREPROCESS, processor=f'{{"image_processor_type": "MobileViTImageProcessor", {fact}}}')
+    with pytest.raises(UsageError, match=f"MobileViTImageProcessor has {named}") as caught:
+        odd.override(mode="squash")
+    assert "--resize-mode" in caught.value.hint
+    assert odd.override(exif="ignore").processor == odd.processor
+    usual = replace(PREPROCESS, processor='{"rescale_factor": 0.00392156862745098, "do_flip_channel_order": false}')
+    assert usual.override(mode="squash").processor == ""
