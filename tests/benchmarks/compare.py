@@ -67,8 +67,8 @@ class Result:
 
     @property
     def steady(self) -> float:
-        """Images per second once it runs."""
-        return (self.images - 1) / max(self.whole.seconds - self.start.seconds, 1e-9)
+        """Images per second once it runs; NaN where the pictures are too few to tell it from the start."""
+        return measure.steady_rate(self.images, self.whole, self.start)
 
     def row(self, job: Job, note: str = "") -> Row:
         """Its line of the table."""
@@ -101,7 +101,7 @@ def contest(job: Job, settings: Settings) -> list[Row]:
         )
     notes = {rival.name: rival.differs.get(job.name, "") for rival in RIVALS}
     rows = [*(result.row(job, notes.get(one.name, "")) for one, result in results.items()), *rows]
-    return [*rows, *_absent(job, settings), *_ratios(job, results)]
+    return [*rows, *_absent(job, settings), *_ratios(job, results, settings)]
 
 
 def _choices(job: Job, settings: Settings, batch: int, workers: int) -> Iterator[tuple[Contestant, ...]]:
@@ -171,14 +171,15 @@ def _timed(
     return wholes, starts
 
 
-def _ratios(job: Job, results: dict[Contestant, Result]) -> Iterator[Row]:
+def _ratios(job: Job, results: dict[Contestant, Result], settings: Settings) -> Iterator[Row]:
     """bbx against the best with equal workers, and against AutoBackbone's docs."""
     own = next((result for one, result in results.items() if not one.form), None)
     equal = [result for one, result in results.items() if one.form == "equal"]
     docs = [result for one, result in results.items() if (one.name, one.form) == ("autobackbone", "docs")]
     best = max(equal, key=lambda result: result.rate, default=None)
     yield _ratio(f"job {job.name} ÷ best rival given equal workers", own, best)
-    if "autobackbone" not in {rival.name for rival in RIVALS if job.name in rival.cannot}:
+    backbone = next(rival for rival in RIVALS if rival.name == "autobackbone")
+    if settings.wants(backbone.name) and job.name not in backbone.cannot:
         yield _ratio(f"job {job.name} ÷ AutoBackbone as its docs show it", own, docs[0] if docs else None)
 
 

@@ -69,8 +69,7 @@ def _pieces(job: Job, settings: Settings) -> Iterator[Row]:
         for name, images in (("whole", settings.pictures), ("start", settings.some(1)))
     }
     taken = measure.alternate(sides, settings.repeats)
-    whole, start = (measure.median(taken[name]).seconds for name in ("whole", "start"))
-    rate = (settings.images - 1) / max(whole - start, 1e-9)
+    rate = measure.steady_rate(settings.images, measure.median(taken["whole"]), measure.median(taken["start"]))
     for measured, engine in (
         ("end to end ÷ what CPU time allows", alone),
         ("end to end ÷ what CPU time allows, forward on all cores", forward),

@@ -6,6 +6,7 @@ once. It is sampled in rounds of their own, so that the sampling takes no time f
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
@@ -84,6 +85,12 @@ def median(taken: Sequence[Taken]) -> Taken:
         max(one.peak for one in taken),
         taken[0].nbytes,
     )
+
+
+def steady_rate(images: int, whole: Taken, start: Taken) -> float:
+    """Images per second of a run of `images` without its start, a run of one; NaN where the difference is noise."""
+    seconds = whole.seconds - start.seconds
+    return (images - 1) / seconds if seconds > 0 else math.nan
 
 
 def remove(output: Path) -> None:

@@ -15,7 +15,7 @@ from tests.benchmarks.rivals.task import Pictures, Task, from_batches, run
 
 
 def extract(task: Task) -> None:
-    """A folder, `JOB/default/MODULE/NUMBER.pt`."""
+    """A folder, `av/JOB/default/MODULE/NUMBER.pt`."""
     spec = ANY[task.job]
     network = spec.build()
     pictures = Pictures(task.paths, spec.transform(network), labelled=True)
@@ -28,7 +28,7 @@ def extract(task: Task) -> None:
 
 def read(output: Path, job: str, stage: str, rows: NDArray[np.int64]) -> NDArray[Any]:
     """`(k, …)`, as the network laid them out."""
-    folder = output / job / "default" / ANY[job].modules[stage]
+    folder = output / "av" / job / "default" / ANY[job].modules[stage]
     return from_batches(torch.load, sorted(folder.glob("*.pt"), key=lambda path: int(path.stem)), rows)
 
 
