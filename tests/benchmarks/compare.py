@@ -99,7 +99,7 @@ def contest(job: Job, settings: Settings) -> list[Row]:
         results[one] = Result(
             one, settings.images, measure.median(wholes[one.label]), measure.median(starts[one.label]), peak, back
         )
-    notes = {rival.name: rival.differs.get(job.name, "") for rival in RIVALS}
+    notes = {rival.name: "; ".join(filter(None, (rival.keeps, rival.differs.get(job.name)))) for rival in RIVALS}
     rows = [*(result.row(job, notes.get(one.name, "")) for one, result in results.items()), *rows]
     return [*rows, *_absent(job, settings), *_ratios(job, results, settings)]
 

@@ -35,14 +35,14 @@ class Rival:
 
 
 _NO_LITE = "torchvision has no EfficientNet-Lite"
-_HOOKED = "swin's stem, which features_only leaves out, by a hook of the caller's"
+_HOOKED = "stem, which features_only leaves out, by a hook of the caller's"
 _POOLED = "pooled by the caller"
 _NHWC = "swin's maps stay (h, w, c)"
 _WHOLE = "runs the whole network"
 
 RIVALS = (
     Rival("timm_loop", "timm", "HDF5, a chunk per row", docs_workers=2, differs={
-        "A": _HOOKED, "B": "stem before its max-pool, which the caller applies", "C": f"stem by a hook; {_POOLED}"}),
+        "A": _HOOKED, "B": _HOOKED, "C": f"{_HOOKED}; {_POOLED}"}),
     Rival("torchvision_fx", "torchvision", "an .npz per image", cannot={"C": _NO_LITE}, differs={"A": _NHWC}),
     Rival("autobackbone", "transformers", "HDF5, a chunk per row",
           cannot={"C": "transformers has no EfficientNet-Lite but through timm, which is timm_loop"},
@@ -53,9 +53,9 @@ RIVALS = (
     Rival("captum_av", "captum", "a .pt per batch and stage", docs_workers=2, differs={
         "A": f"{_WHOLE}; {_NHWC}", "B": _WHOLE, "C": f"timm's network; {_WHOLE}; whole maps, for it cannot pool"}),
     Rival("torchlens_shards", "torchlens", "checksummed shards, resumable", differs={
-        "A": f"{_WHOLE}; {_NHWC}", "B": f"timm's network; {_WHOLE}", "C": f"timm's network; {_WHOLE}"}),
+        "A": f"timm's network; {_WHOLE}; {_NHWC}", "B": f"timm's network; {_WHOLE}", "C": f"timm's network; {_WHOLE}"}),
     # Beside today's libraries pip can only install it by putting them back to those of 2023: see requirements.txt.
     Rival("thingsvision_npy", "thingsvision", "an .npy per 8 batches and stage", equal=False, differs={
-        "A": f"{_WHOLE}; {_NHWC}", "B": f"timm's network; {_WHOLE}",
+        "A": f"timm's network; {_WHOLE}; {_NHWC}", "B": f"timm's network; {_WHOLE}",
         "C": f"timm's network; {_WHOLE}; whole maps, for it pools to one value"}),
 )  # fmt: skip

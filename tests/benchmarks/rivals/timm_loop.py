@@ -9,14 +9,14 @@ import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.benchmarks.rivals.networks import TIMM
 from tests.benchmarks.rivals.task import Task, batches, run
 
-# The child whose output is the stem where features_only does not give it, and the features that it gives.
-_HOOKED = {"A": "patch_embed", "C": "bn1"}
-_INDICES = {"A": (0, 1), "B": (0, 1, 2), "C": (0, 1, 2, 3, 4)}
+# The child whose output is the stem, which features_only does not give, and the features that it gives.
+_STEM = {"A": "patch_embed", "B": "maxpool", "C": "bn1"}
+_INDICES = {"A": (0, 1), "B": (1, 2), "C": (0, 1, 2, 3, 4)}
 
 
 def extract(task: Task) -> None:
@@ -24,27 +24,20 @@ def extract(task: Task) -> None:
     spec, paths = TIMM[task.job], task.paths
     network = spec.build(features_only=True, out_indices=_INDICES[task.job])
     stem: list[Tensor] = []
-    if task.job in _HOOKED:
-        network.get_submodule(_HOOKED[task.job]).register_forward_hook(lambda _m, _i, output: stem.append(output))
+    network.get_submodule(_STEM[task.job]).register_forward_hook(lambda _m, _i, output: stem.append(output))
     with h5py.File(task.output, "w") as file, torch.inference_mode():
         file["names"] = np.array([path.name for path in paths], h5py.string_dtype())
         start = 0
         for batch in batches(task, spec.transform(network)):
             stem.clear()
             maps = network(batch)
-            for stage, value in zip(spec.modules, _with_stem(task.job, network, stem, maps), strict=True):
+            for stage, value in zip(spec.modules, [*stem, *maps], strict=True):
                 turned = value.permute(0, 3, 1, 2).contiguous() if spec.nhwc else value
                 made = spec.finished(turned).numpy()
                 if stage not in file:
                     file.create_dataset(stage, (len(paths), *made.shape[1:]), "f4", chunks=(1, *made.shape[1:]))
                 file[stage][start : start + len(made)] = made
             start += len(batch)
-
-
-def _with_stem(job: str, network: nn.Module, stem: list[Tensor], maps: list[Tensor]) -> list[Tensor]:
-    if job in _HOOKED:
-        return [*stem, *maps]
-    return [network.maxpool(maps[0]), *maps[1:]]
 
 
 def read(output: Path, job: str, stage: str, rows: NDArray[np.int64]) -> NDArray[Any]:
