@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+from bbx.errors import BbxError
 from tests.benchmarks import jobs, machine, measure
 from tests.benchmarks.jobs import JOBS, Job
 from tests.benchmarks.pictures import ROOT
@@ -24,13 +25,20 @@ _MEMORY_SHARE = 4
 def limits(settings: Settings) -> Iterator[Row]:
     """All of them, for job A where a job is meant."""
     job = JOBS["A"]
-    yield from _machine(settings)
-    yield from _pieces(job, settings)
-    yield from _store(job, settings)
-    yield from _killed(job, settings)
-    yield _memory(job, settings)
-    yield from _layers(settings)
-    yield from _start_up(job, settings)
+    parts: dict[str, Callable[[], Iterable[Row]]] = {
+        "machine": lambda: _machine(settings),
+        "pieces": lambda: _pieces(job, settings),
+        "store": lambda: _store(job, settings),
+        "kill + resume": lambda: _killed(job, settings),
+        "memory": lambda: [_memory(job, settings)],
+        "layers": lambda: _layers(settings),
+        "start-up": lambda: _start_up(job, settings),
+    }
+    for name, part in parts.items():
+        try:
+            yield from part()
+        except (measure.RunError, BbxError) as error:  # the other parts still have something to say
+            yield Row(f"limits, {name}", f"failed: {error}", error=True)
 
 
 def piece(name: str, job: Job, settings: Settings, *words: object, cores: int = 0) -> dict[str, Any]:
