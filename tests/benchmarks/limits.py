@@ -1,0 +1,187 @@
+"""What the machine allows, and how near bbx comes to it: each piece alone, and the promises that are no contest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from bbx.errors import BbxError
+from tests.benchmarks import jobs, machine, measure
+from tests.benchmarks.jobs import JOBS, Job
+from tests.benchmarks.pictures import ROOT
+from tests.benchmarks.report import Row
+from tests.benchmarks.settings import Settings
+
+# Of how many pictures the peak memory is compared with that of ten times as many.
+_MEMORY_SHARE = 4
+
+
+def limits(settings: Settings) -> Iterator[Row]:
+    """All of them, for job A where a job is meant."""
+    job = JOBS["A"]
+    parts: dict[str, Callable[[], Iterable[Row]]] = {
+        "machine": lambda: _machine(settings),
+        "pieces": lambda: _pieces(job, settings),
+        "store": lambda: _store(job, settings),
+        "kill + resume": lambda: _killed(job, settings),
+        "memory": lambda: [_memory(job, settings)],
+        "layers": lambda: _layers(settings),
+        "start-up": lambda: _start_up(job, settings),
+    }
+    for name, part in parts.items():
+        try:
+            yield from part()
+        except (measure.RunError, BbxError) as error:  # the other parts still have something to say
+            yield Row(f"limits, {name}", f"failed: {error}", error=True)
+
+
+def piece(name: str, job: Job, settings: Settings, *words: object, cores: int = 0) -> dict[str, Any]:
+    """What `pieces` measured, in a process of its own."""
+    output = settings.folder / "piece.h5"
+    given = words or (settings.pictures, output)
+    command = [sys.executable, "-m", "tests.benchmarks.pieces", name, job.name, *map(str, given)]
+    command += ["--repeats", str(settings.repeats), "--cores", str(cores or machine.cores())]
+    command += [f"--bbx-options={' '.join(settings.options)}"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    measure.remove(output)
+    if ran.returncode:
+        raise measure.RunError(f"{name}: {(ran.stderr.strip().splitlines() or ['no words'])[-1]}")
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
+
+
+def _machine(settings: Settings) -> Iterator[Row]:
+    found = piece("machine", JOBS["A"], settings)
+    yield Row("limit: memory bandwidth", f"{found['bandwidth'] / 1e9:.1f} GB/s, read and written", found["bandwidth"])
+    yield Row("limit: float32 matrix products", f"{found['product'] / 1e9:.0f} GFLOP/s", found["product"])
+
+
+def _pieces(job: Job, settings: Settings) -> Iterator[Row]:
+    """Decode, forward and store alone, and the end-to-end rate beside what their CPU time allows on these cores."""
+    count = machine.cores()
+    decode, forward, store = (piece(name, job, settings) for name in ("decode", "forward", "store"))
+    alone = piece("forward", job, settings, cores=1)
+    for name, found in (("decode", decode), ("forward, null sink", forward)):
+        rate = found["images"] / found["seconds"]
+        yield Row(f"limit: {name} alone", f"{rate:.1f} images/s, CPU {_per(found):.1f} ms/image", rate)
+    yield Row("limit: forward alone on one core", f"CPU {_per(alone):.1f} ms/image", _per(alone))
+    output = settings.folder / "out"
+    sides = {
+        name: partial(measure.run, jobs.extract(job, images, output, settings.options), output)
+        for name, images in (("whole", settings.pictures), ("start", settings.some(1)))
+    }
+    taken = measure.alternate(sides, settings.repeats)
+    rate = measure.steady_rate(settings.images, measure.median(taken["whole"]), measure.median(taken["start"]))
+    for measured, engine in (
+        ("end to end ÷ what CPU time allows", alone),
+        ("end to end ÷ what CPU time allows, forward on all cores", forward),
+    ):
+        spent = _per(decode) + _per(engine) + _per(store)
+        ideal = 1000 * count / spent
+        parts = f"decode {_per(decode):.1f} + forward {_per(engine):.1f} + store {_per(store):.1f} ms"
+        yield Row(measured, f"{rate / ideal:.3f} ({rate:.2f} of {ideal:.2f} images/s; {parts}, {count} cores)",
+                  rate / ideal)  # fmt: skip
+
+
+def _per(found: dict[str, Any]) -> float:
+    """CPU milliseconds per image."""
+    return 1000.0 * found["cpu"] / found["images"]
+
+
+def _store(job: Job, settings: Settings) -> Iterator[Row]:
+    """The writer against plain writes; single rows read back against `np.load`."""
+    found = piece("store", job, settings)
+    written = found["nbytes"] / found["raw"]
+    yield Row("limit: raw write + fsync", f"{written / 1e6:,.0f} MB/s", written)
+    ratio = found["raw"] / found["seconds"]
+    ours = found["nbytes"] / found["seconds"]
+    yield Row("store alone ÷ raw write + fsync", f"{ratio:.3f} ({ours / 1e6:,.0f} of {written / 1e6:,.0f} MB/s)", ratio)
+    output, folder = settings.folder / "out", settings.folder / "npy"
+    measure.run(jobs.extract(job, settings.pictures, output, settings.options), output)
+    folder.mkdir()
+    found = piece("rows", job, settings, output, folder)
+    measure.remove(folder)
+    ratio = found["npy"] / found["seconds"]
+    each = [1e6 * found[name] / found["rows"] for name in ("seconds", "npy")]
+    yield Row(
+        "random row read ÷ np.load of one row's .npy",
+        f"{ratio:.2f} ({each[0]:.0f} and {each[1]:.0f} µs for {found['nbytes'] / 1e6:.1f} MB)",
+        ratio,
+    )
+
+
+def _killed(job: Job, settings: Settings) -> Iterator[Row]:
+    """SIGKILL half-way, and the same command again: what that costs over a run that was left alone."""
+    output = settings.folder / "out"
+    command = [word for word in jobs.extract(job, settings.pictures, output, settings.options)]
+    command[command.index("overwrite")] = "auto"
+    whole = measure.run(command, output).seconds
+    start = measure.run(jobs.extract(job, settings.some(1), output, settings.options), output).seconds
+    measure.remove(output)
+    os.sync()
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep((whole + start) / 2)
+    child.kill()
+    child.wait()
+    kept = _done(output)
+    began = time.perf_counter()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    resumed = time.perf_counter() - began
+    cost = (whole + start) / 2 + resumed - whole
+    value = f"{cost:.1f} s over an undisturbed run of {whole:.1f} s, a start of {start:.1f} s among them; "
+    value += f"{kept} of {settings.images} rows were kept at the kill half-way"
+    yield Row("kill + resume", value, cost, error=bool(again.returncode))
+    measure.remove(output)
+
+
+def _done(output: Any) -> int:
+    import bbx
+
+    with bbx.open(output, partial=True) as file:
+        return int(file.counts.done)
+
+
+def _memory(job: Job, settings: Settings) -> Row:
+    """The peak, decoders included, of some pictures and of ten times as many."""
+    output, few = settings.folder / "out", max(settings.images // _MEMORY_SHARE, 1)
+    peaks = [
+        measure.run(
+            jobs.extract(job, settings.some(count), output, settings.options), output, sample=True
+        ).peak
+        for count in (few, 10 * few)
+    ]  # fmt: skip
+    measure.remove(output)
+    ratio = peaks[1] / peaks[0]
+    value = f"{ratio:.3f} × ({peaks[1] / 1e6:,.0f} MB with {10 * few} images, {peaks[0] / 1e6:,.0f} with {few})"
+    return Row("peak memory at 10 × the images", value, ratio)
+
+
+def _layers(settings: Settings) -> Iterator[Row]:
+    """Over all jobs; the network's own count shows that there was something to leave out."""
+    past, told = 0, []
+    for name in settings.jobs:
+        found = piece("layers", JOBS[name], settings)
+        past += found["past"]
+        told.append(f"{name}: {found['past']} of {found['whole']}")
+    yield Row("layers run past the deepest stage", f"job {', '.join(told)}", past)
+
+
+def _start_up(job: Job, settings: Settings) -> Iterator[Row]:
+    """What a user waits for where nothing is computed."""
+    output = settings.folder / "features.h5"
+    measure.run(jobs.extract(job, settings.some(1), output, settings.options), output)
+    drawn = settings.folder / "drawn"
+    grid = ("show", output, "--image", "000000.jpg", "--stages", "stage1", "-o", drawn / "grid.png")
+    commands = {"bbx --help": ("--help",), "bbx info": ("info", output), "bbx show of one grid": grid}
+    sides = {name: partial(measure.run, jobs.bbx(*words)) for name, words in commands.items()}
+    for side in sides.values():
+        side()
+    for name, taken in measure.alternate(sides, settings.repeats).items():
+        seconds = measure.median(taken).seconds
+        yield Row(f"start-up: {name}", f"{seconds:.2f} s", seconds)

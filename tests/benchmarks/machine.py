@@ -1,0 +1,76 @@
+"""The machine: its name for the README, and what its memory, its cores and its disk can do at most."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+_BUFFER = 32 << 20
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def describe(write_rate: float = 0.0) -> str:
+    """One line: CPU, cores, memory, the disk's write rate in bytes per second where it was measured, versions, date."""
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    disk = [f"disk writes {write_rate / 1e6:,.0f} MB/s"] if write_rate else []
+    versions = [f"{name} {metadata.version(name)}" for name in ("bbx", "torch")]
+    parts = [
+        f"{cpu[1] if cpu else platform.machine()}, {cores()} cores", f"{memory:.0f} GiB", *disk,
+        f"Python {platform.python_version()}", *versions, date.today().isoformat(),
+    ]  # fmt: skip
+    return " · ".join(parts)
+
+
+def memory_bandwidth() -> float:
+    """Bytes per second of a copy by all cores, read and written both counted."""
+    import torch
+
+    source, target = torch.ones(64 << 20), torch.empty(64 << 20)  # 256 MiB each: beyond any cache
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source))
+
+
+def product_peak() -> float:
+    """Floating-point operations per second of float32 matrix products by all cores."""
+    import torch
+
+    side = 2048
+    one, other = torch.rand(side, side), torch.rand(side, side)
+    return 2 * side**3 / _fastest(lambda: one @ other)
+
+
+def raw_write(path: Path, nbytes: int) -> float:
+    """Seconds of a plain sequential write of `nbytes` in large pieces, until fsync says that they are on disk."""
+    piece = memoryview(np.random.default_rng(0).bytes(_BUFFER))
+    started = time.perf_counter()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    left = nbytes
+    while left:
+        left -= os.write(descriptor, piece[: min(left, _BUFFER)])
+    os.fsync(descriptor)
+    os.close(descriptor)
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return seconds
+
+
+def _fastest(work: Callable[[], object], repeats: int = 10) -> float:
+    """Seconds of the fastest."""
+    least = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        least = min(least, time.perf_counter() - started)
+    return least

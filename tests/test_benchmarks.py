@@ -1,0 +1,165 @@
+"""What the benchmarks rest on: the rivals do the same job, and the pieces tell the truth. No timing is asserted."""
+
+import io
+import sys
+from importlib import import_module
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import bbx
+from tests.benchmarks import measure, numerics, pictures
+from tests.benchmarks.jobs import JOBS, Job
+from tests.benchmarks.measure import RunError, Taken
+from tests.benchmarks.pieces import NullSink, forward, keywords, past_deepest, plan_of, rows
+from tests.benchmarks.report import FLOORS, MARKS, Row, draw, write_readme
+from tests.benchmarks.rivals import RIVALS
+from tests.benchmarks.rivals.task import Task
+from tests.benchmarks.settings import Settings
+
+# What bbx calls a rival's network: of the same library, hence of the same random weights and preprocessing.
+MODELS = {
+    "timm_loop": "timm:resnet-50", "torchvision_fx": "resnet-50", "autobackbone": "transformers:resnet",
+    "torchextractor_save": "resnet-50", "captum_av": "resnet-50", "torchlens_shards": "timm:resnet-50",
+}  # fmt: skip
+# Of a stage's largest value. transformers' processor resizes by torchvision's uint8 filter, bbx here by Pillow's.
+TOLERANCE = {"autobackbone": 5e-3}
+TOY = Job("T", "toy", "stem,stage1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return pictures.make(tmp_path_factory.mktemp("jpegs") / "pictures", 3)
+
+
+@pytest.mark.parametrize("name", [rival.name for rival in RIVALS if rival.installed and rival.name in MODELS])
+def test_a_rival_gives_what_bbx_gives(name, folder, tmp_path):
+    rival = import_module(f"tests.benchmarks.rivals.{name}")
+    rival.extract(Task("B", folder, tmp_path / "theirs", batch_size=2))
+    bbx.extract(folder, model=MODELS[name], weights="random", stages=JOBS["B"].stages, norm="native", workers=1,
+                output=tmp_path / "ours.h5")  # fmt: skip
+    order = np.array([2, 0, 1])
+    with bbx.open(tmp_path / "ours.h5") as file:
+        for stage in file.stages:
+            theirs, ours = rival.read(tmp_path / "theirs", "B", stage, order), file[stage, order]
+            assert (theirs.dtype, theirs.shape) == (ours.dtype, ours.shape)
+            assert np.abs(theirs - ours).max() <= TOLERANCE.get(name, 1e-5) * np.abs(ours).max()
+
+
+def test_the_pictures_are_the_same_each_time(folder, tmp_path):
+    again = pictures.make(tmp_path / "again", 3)
+    assert [one.read_bytes() for one in pictures.listed(again)] == [one.read_bytes() for one in pictures.listed(folder)]
+    many = pictures.listed(pictures.some(tmp_path / "many", folder, 7))
+    assert len(many) == 7
+    assert many[3].read_bytes() == many[0].read_bytes()
+
+
+def test_a_process_is_measured_with_all_it_started(tmp_path):
+    child = "x = bytearray(b'1') * (100 << 20); sum(range(10**6)); import time; time.sleep(1)"
+    code = (
+        "import subprocess, sys; open(sys.argv[1], 'wb').write(b'x' * 1000);"
+        f"subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    output = tmp_path / "out"
+    output.write_bytes(b"old")
+    taken = measure.run([sys.executable, "-c", code, str(output)], output, sample=True)
+    assert taken.peak > 100 << 20
+    assert taken.nbytes == 1000
+    assert taken.cpu > 0
+    assert 1 < taken.seconds <= taken.synced
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(RunError, match=r"^error: no$"):
+        measure.run([sys.executable, "-c", "import sys; sys.stderr.write('x\\nerror: no\\nhint\\n'); sys.exit(3)"])
+
+
+def test_the_start_is_taken_off_the_rate():
+    whole, start = Taken(12, 0, 0, 0, 0), Taken(2, 0, 0, 0, 0)
+    assert measure.steady_rate(101, whole, start) == 10
+    assert np.isnan(measure.steady_rate(101, start, whole))
+
+
+def test_sides_take_turns():
+    order = []
+    sides = {name: lambda name=name: order.append(name) or Taken(1, 1, 1, 1, 1) for name in "ab"}
+    assert {name: len(taken) for name, taken in measure.alternate(sides, 2).items()} == {"a": 2, "b": 2}
+    assert order == ["a", "b", "a", "b"]
+
+
+def test_the_forward_alone_runs_the_loop_over_every_row(folder, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(NullSink, "write", lambda self, rows, maps, inputs: written.extend(rows.tolist()))
+    plan = plan_of(TOY, folder, tmp_path / "none.h5", ("--batch-size", "2"))
+    assert plan.batch_size == 2
+    assert forward(plan)["images"] == 3
+    assert written[-3:] == [0, 1, 2]
+    assert not (tmp_path / "none.h5").exists()
+
+
+def test_single_rows_are_read_from_both_kinds_of_file(folder, tmp_path):
+    bbx.extract(folder, model="toy", stages="stem", output=tmp_path / "toy.h5", weights="random")
+    (tmp_path / "npy").mkdir()
+    found = rows(tmp_path / "toy.h5", tmp_path / "npy", 1)
+    assert found["nbytes"] == 4 * 16 * 16 * 4
+    with bbx.open(tmp_path / "npy" / "copy.h5") as file:
+        assert np.array_equal(np.load(tmp_path / "npy" / "1.npy"), file["stem", 1])
+
+
+def test_modules_past_the_deepest_stage_are_counted():
+    backbone = bbx.load_backbone("toy", weights="random", stages="stage1")
+    _ = backbone.stages
+    assert past_deepest(backbone, backbone) == 0
+    assert past_deepest(backbone, backbone.network) == 3  # relu, two, fc
+
+
+def test_options_become_keywords():
+    words = ["--batch-size", "4", "--deterministic", "--precision", "bf16"]
+    assert keywords(words) == {"batch_size": 4, "deterministic": True, "precision": "bf16"}
+
+
+def test_a_refused_option_is_an_error_in_the_table(folder, tmp_path, monkeypatch):
+    def run(command, output):
+        options = keywords(command[command.index("--stages") + 2 : command.index("--mode")])
+        if "no_such_option" in options:
+            raise RunError("error: No such option: --no-such-option")
+        bbx.extract(folder, model="toy", weights="random", stages="all", output=output, mode="overwrite", **options)
+
+    monkeypatch.setattr(numerics, "OPTIONS", ((), ("--precision", "bf16"), ("--no-such-option", "1")))
+    monkeypatch.setattr(numerics.measure, "run", run)
+    monkeypatch.setattr(Settings, "pictures", folder)
+    same, bf16, refused = numerics.numerics(Settings(tmp_path, images=2, jobs=("A",)))
+    assert same.number <= numerics.DEFAULT_TOLERANCE
+    assert numerics.DEFAULT_TOLERANCE < bf16.number < 0.1
+    assert refused.verdict == "error"
+    assert "--no-such-option" in refused.value
+
+
+def test_the_table_says_what_is_met():
+    least, most = "store alone ÷ raw write + fsync", "start-up: bbx info"
+    table = [
+        Row(least, "0.95", 0.95), Row(least, "0.85", 0.85), Row(most, "0.4 s", 0.4), Row(most, "0.6 s", 0.6),
+        Row(most, "it failed"), Row(least, "nan", float("nan")), Row("job A: timm", "not installed"),
+    ]  # fmt: skip
+    assert [row.verdict for row in table] == ["met", "missed", "met", "missed", "error", "missed", ""]
+    shown = io.StringIO()
+    draw(table, Console(file=shown, width=120))
+    lines = shown.getvalue().splitlines()
+    assert lines[0].split() == ["measure", "value", "floor", "met"]
+    assert lines[1].split()[-4:] == ["0.95", "≥", "0.9", "met"]
+    assert "not installed" in lines[-1]
+
+
+def test_the_readme_gets_the_rows_that_have_a_floor(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    write_readme(path, "a machine", [Row(name, "1", 1.0) for name in FLOORS] + [Row("limit: raw write", "9")])
+    lines = path.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "a machine" in lines
+    assert len([line for line in lines if line.startswith("| ")]) == len(FLOORS) + 1
+    assert len(lines) <= 20
+    path.write_text("none")
+    with pytest.raises(ValueError, match="has no"):
+        write_readme(path, "", [])
