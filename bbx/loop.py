@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bbx.engine import Computed, Streams, Work, kept_memory
+from bbx.engine import Computed, Streams, Work
 from bbx.errors import ImageError, InterruptedRunError
 from bbx.images import Decoders, cell_dtype
 from bbx.images.decoders import Answer
@@ -78,7 +78,6 @@ def run_loop(
     """
     work = Work(plan.run.dtype, plan.run.pool, plan.batch_size)
     with (
-        kept_memory(),
         Decoders(min(plan.workers, 1 + len(rows) // 8), plan.decoding) as decoders,
         deterministic(plan.deterministic),
         Streams(plan.backbone, plan.device, work, plan.engine) as streams,

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from bbx.backbone import Backbone, normalise
-from bbx.engine import choose, keep_memory
+from bbx.engine import choose, kept_memory
 from bbx.errors import ImageError, UsageError
 from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, decode_one, find_images, read_image
 from bbx.images.decoders import TIMEOUT
@@ -54,6 +54,7 @@ _WEIGHTS = {"model", "config", "weights", "seed"}
 _INPUT = {"model", "config", "weights", "size", "resize_mode", "exif", "decode"}
 
 
+@kept_memory()  # before anything starts threads
 def extract(
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     *,
@@ -122,7 +123,6 @@ def extract(
     Raises `UsageError`, `StartError` and its kin (weights, input, disk, another run's file), `WriteError`,
     `InterruptedRunError`, and with `on_error="fail"` `ImageError`. A failed row is no error: see `Summary.failures`.
     """
-    keep_memory()  # before anything starts threads
     wishes = {
         "model": model, "config": config_of(config), "stages": stages, "layers": layers, "weights": weights,
         "seed": seed, "size": (size, size) if isinstance(size, int) else size, "resize_mode": resize_mode, "exif": exif,
@@ -146,7 +146,7 @@ def extract(
     path = Path(output)
     target = check_target(path, run, found.keys, mode, retry_failed=retry_failed)
     at_once = min(batch_size or BATCH_SIZES.get(where.type, 64), len(found))
-    how = choose(backbone, where, engine=engine, channels_last=channels_last, rows=target.pending, batch_size=at_once)
+    how = choose(backbone, where, engine=engine, channels_last=channels_last, rows=len(found), batch_size=at_once)
     plan = Plan(
         found, backbone, run, path, target, where,
         batch_size=at_once,

@@ -1,8 +1,8 @@
 """Run a backbone as fast as this machine can: what the loop needs of it, and nothing of files or images."""
 
 from bbx.engine.compute import Computed, Work, pooled
-from bbx.engine.memory import keep_memory, kept_memory
+from bbx.engine.memory import kept_memory
 from bbx.engine.settings import EngineSettings, choose
 from bbx.engine.streams import Streams
 
-__all__ = ["Computed", "EngineSettings", "Streams", "Work", "choose", "keep_memory", "kept_memory", "pooled"]
+__all__ = ["Computed", "EngineSettings", "Streams", "Work", "choose", "kept_memory", "pooled"]

@@ -8,39 +8,37 @@ swin-tiny (133 ms an image against 63). `mallopt(3)` is glibc's own switch for i
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_MAPPED_FROM_NBYTES = 1 << 30
-_NEVER_TRIMMED = (1 << 31) - 1
-
-
-def keep_memory() -> None:
-    """Has freed memory stay with the process, in one arena, whichever thread frees it; does nothing without glibc.
-
-    One arena: those of threads are cut into pieces of 64 MB, and pieces that fall empty are returned all the same. For
-    that, this has to be called before the threads that allocate are started.
-    """
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(_M_ARENA_MAX, 1)
-        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_NBYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIMMED)
+# One arena: those of threads are cut into pieces of 64 MB, and pieces that fall empty are returned all the same.
+_KEEPING = {_M_ARENA_MAX: 1, _M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1}
+# What glibc comes to by itself as large pieces are freed, and as many arenas as it would have made.
+_USUAL = {_M_ARENA_MAX: 8 * (os.cpu_count() or 1), _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20}
 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """`keep_memory` for the time of a job; afterwards what is free goes back to the system."""
-    keep_memory()
+    """Has freed memory stay with the process for the time of a job; afterwards what is free goes back to the system.
+
+    It has to begin before the threads that allocate are started, and does nothing without glibc.
+    """
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    for option, value in _KEEPING.items():
+        libc.mallopt(option, value)
     try:
         yield
     finally:
-        libc = _glibc()
-        if libc is not None:
-            libc.malloc_trim(0)
+        for option, value in _USUAL.items():
+            libc.mallopt(option, value)
+        libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:

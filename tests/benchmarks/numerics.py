@@ -14,8 +14,11 @@ from tests.benchmarks.measure import RunError
 from tests.benchmarks.report import Row
 from tests.benchmarks.settings import Settings
 
-# What the others are held against: every lever off.
-EXACT = ("--precision", "float32")
+# What the others are held against: every lever off, folding, which has no option, included.
+EXACT = ("--precision", "float32", "--engine", "eager", "--channels-last", "no", "--decode", "exact")
+# Folding and compiling wait for jobs that pay for them; here they are to happen, or not, whatever the number of images.
+_CODE = """import bbx.engine.settings as s; s.FOLD_PAYS = {fold}; s.COMPILE_PAYS = dict.fromkeys(s.COMPILE_PAYS, 1)
+from bbx.cli import main; main()"""
 # Each on top of EXACT.
 OPTIONS: tuple[tuple[str, ...], ...] = (
     (),  # as a user has it who says nothing
@@ -36,11 +39,11 @@ def numerics(settings: Settings) -> Iterator[Row]:
     images = settings.some(min(_IMAGES, settings.images))
     exact, other = settings.folder / "exact.h5", settings.folder / "other.h5"
     for name in settings.jobs:
-        measure.run(jobs.extract(JOBS[name], images, exact, EXACT), exact)
+        measure.run(_always(jobs.extract(JOBS[name], images, exact, EXACT), fold=1 << 60), exact)
         for options in OPTIONS:
             measured = f"numerics, job {name}: {' '.join(options) or 'as it is'}"
             try:
-                measure.run(jobs.extract(JOBS[name], images, other, options), other)
+                measure.run(_always(jobs.extract(JOBS[name], images, other, options), fold=1), other)
             except RunError as error:
                 yield Row(measured, f"refused: {error}", error=True)
                 continue
@@ -49,3 +52,9 @@ def numerics(settings: Settings) -> Iterator[Row]:
             yield Row(measured, told, max(stage.worst_error for stage in stages))
     measure.remove(exact)
     measure.remove(other)
+
+
+def _always(command: list[str], *, fold: int) -> list[str]:
+    """The same command line with batch norm folded from `fold` images on, and compiling from the first."""
+    python, _, _, *words = command
+    return [python, "-c", _CODE.format(fold=fold), *words]
