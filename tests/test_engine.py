@@ -144,7 +144,7 @@ def two_threads():
 
 @pytest.mark.parametrize("model", ["toy", "resnet18", "swin_t"])
 def test_two_streams_give_every_row_its_own_maps(pictures, tmp_path, two_threads, model):
-    options = {"model": model, "weights": "random", "stages": "0-2"}
+    options = {"model": model, "weights": "random", "stages": "0-2", "device": "cpu"}
     plans = []
     extract(pictures, output=tmp_path / "two.h5", batch_size=1, on_plan=plans.append, **options)
     torch.set_num_threads(1)
@@ -171,7 +171,8 @@ def test_a_short_job_is_not_folded(monkeypatch):
 
 
 def test_compiling_waits_for_a_job_that_pays_for_it_and_the_plan_says_so(bbx_cli, pictures):
-    ran = bbx_cli("extract", "--model", "resnet18", "--weights", "random", "--engine", "compile", "--dry-run", pictures)
+    options = ("--weights", "random", "--engine", "compile", "--device", "cpu", "--dry-run")
+    ran = bbx_cli("extract", "--model", "resnet18", *options, pictures)
     assert ran.code == 0
     assert "--engine compile pays from about 2,000 images on" in ran.err
     assert "eager" in ran.err
@@ -209,7 +210,7 @@ def test_compiled_code_gives_the_same_rows_a_bad_one_and_a_last_batch_among_them
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(settings, "COMPILE_PAYS", {"cpu": 1})
     (pictures / "003.png").write_bytes(b"not an image")
-    options = {"model": model, "weights": "random", "stages": "0-2", "batch_size": 4}
+    options = {"model": model, "weights": "random", "stages": "0-2", "batch_size": 4, "device": "cpu"}
     extract(pictures, output=tmp_path / "eager.h5", **options)
     plans = []
     done = extract(pictures, output=tmp_path / "compiled.h5", engine="compile", on_plan=plans.append, **options)
@@ -248,6 +249,6 @@ def test_what_was_kept_goes_back_at_the_end(pictures, tmp_path, monkeypatch):
 
 
 def test_the_file_says_how_it_was_computed(pictures, tmp_path: Path):
-    extract(pictures, model="resnet18", weights="random", output=tmp_path / "f.h5")
+    extract(pictures, model="resnet18", weights="random", output=tmp_path / "f.h5", device="cpu")
     with bbx.open(tmp_path / "f.h5") as file:
         assert file.attempts[0]["engine"].startswith("eager, channels last, 1 ×")
