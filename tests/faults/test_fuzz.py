@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 SHARDS, FILES = 8, 255
 """So many tests of so many mutated files each."""
-PATIENCE = 60.0
+PATIENCE = 40.0
 """Seconds of a clock on a machine that may be busy; bbx itself gives HDF5 ten of computing to open a file."""
 ROOM = 1 << 30
 """Bytes of address space that a command may take beyond what the warm process has."""
