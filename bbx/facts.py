@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
     from bbx.compare import Comparison
-    from bbx.plan import Plan, Summary
+    from bbx.plan import Plan, Rates, Summary
     from bbx.spec import RunSpec, Stage
     from bbx.store import FeatureFile
 
@@ -43,6 +43,7 @@ def of_run(plan: Plan, summary: Summary, *, dry_run: bool) -> dict[str, Any]:
         "compress": plan.compress,
         "nbytes": len(plan.images) * plan.run.row_nbytes,
         "free_nbytes": plan.free_nbytes,
+        "rates": of_rates(plan.rates) if plan.rates else None,
         "run": of_spec(plan.run),
     }
     if dry_run:
@@ -62,6 +63,11 @@ def of_run(plan: Plan, summary: Summary, *, dry_run: bool) -> dict[str, Any]:
         "images_per_second": round(summary.images_per_second, 3),
         "exit_code": summary.exit_code,
     }
+
+
+def of_rates(rates: Rates) -> dict[str, Any]:
+    """Images/s of each part alone and expected of the whole, and which part is the limit."""
+    return {**asdict(rates), "limit": rates.limit, "expected": rates.expected}
 
 
 def of_stages(backbone: Backbone, parameters: Mapping[str, int]) -> dict[str, Any]:
