@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LINE_EVERY = 5.0
 _FAILURES_SHOWN = 10
 _NUMERIC = ("index", "channels", "stride", "bytes per image", "parameters", "rows", "equal", "beyond", "largest error",
-            "mean error", "least cosine")  # fmt: skip
+            "mean error", "least cosine", "images/s")  # fmt: skip
 
 
 def open_console(*, stderr: bool) -> Console:
@@ -310,13 +310,13 @@ def _failures(console: Console, reasons: Mapping[str, str], count: int, more: st
 def rates_text(rates: Rates, rows: int) -> str:
     """What limits a run of `rows` images, in which company, and how long they take."""
     alone = {"decode": rates.decode, "compute": rates.compute, "store": rates.store}
-    others = ", ".join(f"{name} {_rate(rate)}" for name, rate in alone.items() if name != rates.limit)
-    shared = f"; {_rate(rates.expected)} on shared cores" if rates.expected < rates.least else ""
+    others = ", ".join(f"{name} {rate_text(rate)}" for name, rate in alone.items() if name != rates.limit)
+    shared = f"; {rate_text(rates.expected)} on shared cores" if rates.expected < rates.least else ""
     long = duration_text(rows / rates.expected)
-    return f"{rates.limit}: {_rate(rates.least)} images/s ({others}){shared}: about {long} for {rows:,} images"
+    return f"{rates.limit}: {rate_text(rates.least)} images/s ({others}){shared}: about {long} for {rows:,} images"
 
 
-def _rate(value: float) -> str:
+def rate_text(value: float) -> str:
     """Three digits: `31.2`, `280`, `12,300`."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

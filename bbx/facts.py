@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
+    from bbx.bench import Bench
     from bbx.compare import Comparison
     from bbx.plan import Plan, Rates, Summary
     from bbx.spec import RunSpec, Stage
@@ -68,6 +69,17 @@ def of_run(plan: Plan, summary: Summary, *, dry_run: bool) -> dict[str, Any]:
 def of_rates(rates: Rates) -> dict[str, Any]:
     """Images/s of each part alone and expected of the whole, and which part is the limit."""
     return {**asdict(rates), "limit": rates.limit, "expected": rates.expected}
+
+
+def of_bench(result: Bench) -> dict[str, Any]:
+    """`bbx bench`: rates in images/s, the store's in bytes/s, and what they come to."""
+    shares = ("early_exit", "store_share", "share", "expected_share")
+    return {
+        **asdict(result),
+        "rates": of_rates(result.rates),
+        **{name: getattr(result, name) for name in shares},
+        "exit_code": 0,
+    }
 
 
 def of_stages(backbone: Backbone, parameters: Mapping[str, int]) -> dict[str, Any]:

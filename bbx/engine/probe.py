@@ -70,7 +70,6 @@ def grow(
     settings_of: Callable[[int], EngineSettings],
     *,
     most: int,
-    seconds: float = SECONDS,
 ) -> Growth:
     """Tries batch sizes up to `most`, each twice the one before, while it pays; `settings_of` is asked for each.
 
@@ -83,7 +82,7 @@ def grow(
     idle, why = 0, ""
     while not why:
         settings = replace(settings_of(size), engine="eager")
-        one = forward_rate(backbone, device, replace(work, batch_size=size), settings, seconds=seconds)
+        one = forward_rate(backbone, device, replace(work, batch_size=size), settings)
         if one.full and not tried:
             size //= 2  # down to what the memory holds; one image alone that is too much raises
             continue
@@ -109,9 +108,7 @@ def _why_no_more(last: Tried, cap: int, idle: int) -> str:
     return ""
 
 
-def forward_rate(
-    backbone: Backbone, device: torch.device, work: Work, settings: EngineSettings, *, seconds: float = SECONDS
-) -> Tried:
+def forward_rate(backbone: Backbone, device: torch.device, work: Work, settings: EngineSettings) -> Tried:
     """Images/s of `work` on noise, in batches of its size."""
     preprocess, size = backbone.preprocess, work.batch_size
     before = _resident_nbytes()
@@ -122,7 +119,7 @@ def forward_rate(
         waiting: deque[Future[Computed]] = deque()
         started, count = time.perf_counter(), 0
         # In whole rounds, for at the end all but one stream would wait.
-        while not count or count % settings.streams or time.perf_counter() - started < seconds:
+        while not count or count % settings.streams or time.perf_counter() - started < SECONDS:
             waiting.append(streams.submit(pixels, rows))
             count += 1
             if len(waiting) == streams.depth:
