@@ -14,7 +14,7 @@ import torch
 
 from bbx.engine import EngineSettings, forward_rate
 from bbx.errors import BbxError
-from bbx.images import Decoders, DecodeSettings, cell_dtype
+from bbx.images import Decoders, DecodeSettings, ImageList, cell_dtype
 from bbx.plan import Plan, Rates, cores
 
 LONG = 5_000
@@ -36,11 +36,8 @@ def measured(plan: Plan) -> Plan:
 
 def rates_of(plan: Plan) -> Rates:
     """Measures with the images, the streams and the disk of `plan`. Writes no file. Raises `OSError`, `BbxError`."""
-    pending = plan.target.pending
-    rows = np.unique(np.linspace(0, len(plan.images) - 1, _DECODED).astype(int))
-    paths = [plan.images.path(int(row)) for row in rows]
-    workers = plan.decoders(pending)
-    decode = decode_rate(paths, plan.decoding, workers)
+    workers = plan.decoders(plan.target.pending)
+    decode = decode_rate(sample(plan.images), plan.decoding, workers)
     compute = forward_rate(plan.backbone, plan.device, plan.work, plan.engine).rate
     store = write_rate(plan.output.resolve().parent) / plan.run.row_nbytes
     return Rates(decode, compute, store, shared_rate(plan.device, plan.engine, decode, workers, compute))
@@ -54,6 +51,12 @@ def shared_rate(
         return None
     there = cores()
     return there / (min(workers, there) / decode + min(engine.streams * engine.threads, there) / compute)
+
+
+def sample(images: ImageList) -> list[str]:
+    """The paths of some of the images, spread over all of them."""
+    rows = np.unique(np.linspace(0, len(images) - 1, _DECODED).astype(int))
+    return [images.path(int(row)) for row in rows]
 
 
 def decode_rate(paths: Sequence[str], settings: DecodeSettings, workers: int) -> float:

@@ -49,8 +49,12 @@ def bench(result: Bench) -> None:
     if rates.cores is not None:
         end += f"; {result.expected_share:.0%} of what shared cores allow, {rate_text(rates.expected)}"
     findings = [
-        ("batch sizes", f"{sizes}; {result.batches_why}"), ("early exit", saved), ("store", store),
-                ("end to end", end), ("best", f"{result.best_engine}, batches of {result.best_batch_size}")]  # fmt: skip
+        ("batch sizes", f"{sizes}; {result.batches_why}"),
+        ("early exit", saved),
+        ("store", store),
+        ("end to end", end),
+        ("best", f"{result.best_engine}, batches of {result.best_batch_size}"),
+    ]
     console.print(grid_of(findings))
     for line in result.notes:
         console.print(Text("note: ", "yellow") + plain(line), soft_wrap=True)

@@ -21,7 +21,7 @@ from bbx.engine import EngineSettings, choose, forward_rate, grow
 from bbx.errors import StartError
 from bbx.images import find_images
 from bbx.plan import Plan, Rates, Summary, attempt, free_nbytes
-from bbx.rates import LONG, decode_rate, write_rate
+from bbx.rates import LONG, decode_rate, sample, write_rate
 from bbx.runner import extract
 from bbx.spec import BatchSize, Dtype, Engine, Precision
 from bbx.store import FeatureWriter
@@ -29,7 +29,6 @@ from bbx.store import FeatureWriter
 END_SECONDS = 2.0
 """About how long the extraction at the end takes."""
 _STORED_NBYTES, _STORED_ROWS = 64_000_000, 512
-_DECODED = 32
 _END_NBYTES = 1_000_000_000
 _FEWEST = 64
 # Compiled code has to gain this much to be worth its minute.
@@ -91,14 +90,16 @@ def _measured(
         raise StartError(plan.notes[-1])
     say("fast decoding")
     fast = replace(plan.decoding, preprocess=plan.decoding.preprocess.override(decode="fast"))
-    decode_fast = decode_rate([str(path) for path in paths[:_DECODED]], fast, plan.decoders(_FEWEST))
+    decode_fast = decode_rate(sample(plan.images), fast, plan.decoders(_FEWEST))
     say("the forward in other ways")
-    plain = EngineSettings(threads=torch.get_num_threads())
+    one_stream = EngineSettings(threads=torch.get_num_threads())
+    plain = forward_rate(backbone, where, work, one_stream).rate
+    whole = forward_rate(backbone.select(backbone.stage_names[-1]), where, work, plan.engine).rate
     compiled = None
     if engine == "compile":
         how = choose(backbone, where, engine="compile", rows=10**9, batch_size=work.batch_size)
         compiled = forward_rate(backbone, where, work, how).rate
-    whole = backbone.select(backbone.stage_names[-1])
+    say("the forward by batch size")
     growth = grow(
         backbone, where, work, lambda size: choose(backbone, where, rows=10**9, batch_size=size), most=10**9
     )  # fmt: skip
@@ -113,8 +114,8 @@ def _measured(
         model=plan.run.model, weights=plan.run.weights, stages=tuple(stage.name for stage in plan.run.stages),
         device=str(attempt(plan)["device"]), precision=plan.run.precision, dtype=plan.run.dtype,
         images=len(paths), made=made, batch_size=plan.batch_size, workers=plan.workers, engine=plan.engine,
-        rates=rates, decode_fast=decode_fast, plain=forward_rate(backbone, where, work, plain).rate, compiled=compiled,
-        whole=forward_rate(whole, where, work, plan.engine).rate, batches=growth.tried, batches_why=growth.why,
+        rates=rates, decode_fast=decode_fast, plain=plain, compiled=compiled,
+        whole=whole, batches=growth.tried, batches_why=growth.why,
         store_nbytes=stored, raw_nbytes=raw, end_to_end=end_to_end, end_rows=rows,
         best_engine=best, best_batch_size=growth.best, command=command(growth.best, best),
         notes=_notes(plan, rates, decode_fast),

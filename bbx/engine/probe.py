@@ -29,6 +29,8 @@ GAIN = 0.05
 _FIRST = {"cpu": 1}
 _MOST = {"cpu": 128}
 _FIRST_ELSEWHERE, _MOST_ELSEWHERE = 16, 1024
+# What a batch costs beyond its images is milliseconds: where it takes this long, a larger one has nothing to gain.
+_LONG_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +92,20 @@ def grow(
         idle = 0 if one.rate > best * (1 + GAIN) else idle + 1
         if not one.full:
             tried.append(one)
-        why = _why_no_more(one, cap, idle)
+        why = _why_no_more(one, cap, idle, seconds=settings.streams * size / one.rate)
         size = min(2 * size, cap)
     return Growth(tuple(tried), why)
 
 
-def _why_no_more(last: Tried, cap: int, idle: int) -> str:
+def _why_no_more(last: Tried, cap: int, idle: int, *, seconds: float) -> str:
     if last.full:
         return f"the memory does not hold {last.batch_size}"
     if idle == 2:
         return "more gain nothing"
     if last.batch_size == cap:
         return "more were not tried"
+    if seconds > _LONG_SECONDS:
+        return f"a batch takes {seconds:.1f} s as it is"
     # On a CPU nobody says that memory is full: the system ends the process.
     if 2 * last.nbytes > _available_nbytes():
         return f"the memory that is free might not hold {2 * last.batch_size}"
