@@ -196,7 +196,7 @@ def _command(options: dict[str, Any], images: Images | None) -> Callable[[int, E
     words = ["bbx", "extract"]
     for name, value in options.items():
         if value is not None and value != usual.get(name) and name != "batch_size":
-            text = "x".join(map(str, value)) if name == "size" and not isinstance(value, int) else value
+            text = "x".join(map(str, value)) if name == "size" and isinstance(value, tuple) else value
             text = ",".join(map(str, text)) if isinstance(text, list | tuple) else text
             words += [f"--{name}", str(text)]
     given = [images] if isinstance(images, str | os.PathLike) else images or ["images/"]
