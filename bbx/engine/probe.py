@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -158,7 +159,7 @@ def noise(preprocess: Preprocess, count: int, *, pinned: bool = False) -> NDArra
 def _resident_nbytes() -> int:
     """The memory of this process, as far as the system tells."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def _available_nbytes() -> float:
