@@ -19,7 +19,7 @@ from bbx.errors import BbxError
 
 if TYPE_CHECKING:
     from bbx.compare import Comparison
-    from bbx.plan import Plan, Summary
+    from bbx.plan import Plan, Rates, Summary
     from bbx.spec import Preprocess, Stage
     from bbx.store import FeatureFile
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LINE_EVERY = 5.0
 _FAILURES_SHOWN = 10
 _NUMERIC = ("index", "channels", "stride", "bytes per image", "parameters", "rows", "equal", "beyond", "largest error",
-            "mean error", "least cosine")  # fmt: skip
+            "mean error", "least cosine", "images/s")  # fmt: skip
 
 
 def open_console(*, stderr: bool) -> Console:
@@ -82,6 +82,8 @@ def plan(what: Plan, *, verbose: bool = False) -> None:
     total = len(images) * run.row_nbytes
     needed = f"{size_text(total)} ({run.dtype}{pooled}); {size_text(what.free_nbytes)} free"
     grid.add_row("output", plain(f"{what.output}  {needed}"))
+    if what.rates:
+        grid.add_row("limit", plain(rates_text(what.rates, what.target.pending)))
     target = what.target
     if target.state == "resume":
         grid.add_row("resume", plain(f"{target.done:,} done, {target.failed:,} failed, {target.pending:,} to do"))
@@ -303,6 +305,28 @@ def _failures(console: Console, reasons: Mapping[str, str], count: int, more: st
         console.print(Text("failed: ", "yellow") + plain(f"{key}: {reason}"), soft_wrap=True)
     if count > _FAILURES_SHOWN:
         console.print(plain(f"… and {count - _FAILURES_SHOWN:,} more: {more}"), soft_wrap=True)
+
+
+def rates_text(rates: Rates, rows: int) -> str:
+    """What limits a run of `rows` images, in which company, and how long they take."""
+    alone = {"decode": rates.decode, "compute": rates.compute, "store": rates.store}
+    others = ", ".join(f"{name} {rate_text(rate)}" for name, rate in alone.items() if name != rates.limit)
+    shared = f"; {rate_text(rates.expected)} on shared cores" if rates.expected < rates.least else ""
+    long = duration_text(rows / rates.expected)
+    return f"{rates.limit}: {rate_text(rates.least)} images/s ({others}){shared}: about {long} for {rows:,} images"
+
+
+def rate_text(value: float) -> str:
+    """Three digits: `31.2`, `280`, `12,300`."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration_text(seconds: float) -> str:
+    """`32400` → `9 h`, rounded as a guess is."""
+    for unit, length, until in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
+        if seconds < until * length:
+            return f"{max(1, round(seconds / length))} {unit}"
+    return f"{seconds / 86400:.3g} days"
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
+    from bbx.bench import Bench
     from bbx.compare import Comparison
-    from bbx.plan import Plan, Summary
+    from bbx.plan import Plan, Rates, Summary
     from bbx.spec import RunSpec, Stage
     from bbx.store import FeatureFile
 
@@ -43,6 +44,7 @@ def of_run(plan: Plan, summary: Summary, *, dry_run: bool) -> dict[str, Any]:
         "compress": plan.compress,
         "nbytes": len(plan.images) * plan.run.row_nbytes,
         "free_nbytes": plan.free_nbytes,
+        "rates": of_rates(plan.rates) if plan.rates else None,
         "run": of_spec(plan.run),
     }
     if dry_run:
@@ -61,6 +63,22 @@ def of_run(plan: Plan, summary: Summary, *, dry_run: bool) -> dict[str, Any]:
         "seconds": times,
         "images_per_second": round(summary.images_per_second, 3),
         "exit_code": summary.exit_code,
+    }
+
+
+def of_rates(rates: Rates) -> dict[str, Any]:
+    """Images/s of each part alone and expected of the whole, and which part is the limit."""
+    return {**asdict(rates), "limit": rates.limit, "expected": rates.expected}
+
+
+def of_bench(result: Bench) -> dict[str, Any]:
+    """`bbx bench`: rates in images/s, the store's in bytes/s, and what they come to."""
+    shares = ("early_exit", "store_share", "share", "expected_share")
+    return {
+        **asdict(result),
+        "rates": of_rates(result.rates),
+        **{name: getattr(result, name) for name in shares},
+        "exit_code": 0,
     }
 
 

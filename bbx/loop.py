@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bbx.engine import Computed, Streams, Work
+from bbx.engine import Computed, Streams
 from bbx.errors import ImageError, InterruptedRunError
 from bbx.images import Decoders, cell_dtype
 from bbx.images.decoders import Answer
@@ -76,11 +76,10 @@ def run_loop(
     Raises `ImageError` where `on_error` is `fail`, `InterruptedRunError` where `stop` names a signal, `StartError`
     where not one image fits into the device's memory, and what `sink` raises.
     """
-    work = Work(plan.run.dtype, plan.run.pool, plan.batch_size)
     with (
-        Decoders(min(plan.workers, 1 + len(rows) // 8), plan.decoding) as decoders,
+        Decoders(plan.decoders(len(rows)), plan.decoding) as decoders,
         deterministic(plan.deterministic),
-        Streams(plan.backbone, plan.device, work, plan.engine) as streams,
+        Streams(plan.backbone, plan.device, plan.work, plan.engine) as streams,
         ThreadPoolExecutor(1, "bbx-write", initializer=torch.set_num_threads, initargs=(1,)) as writer,
     ):
         writes: deque[Future[_Written]] = deque()

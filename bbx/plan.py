@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bbx.backbone import Backbone
-from bbx.engine import EngineSettings
+from bbx.engine import EngineSettings, Work
 from bbx.errors import EXIT_ALL_FAILED, EXIT_SOME_FAILED, StartError, UsageError
 from bbx.images import DecodeSettings, ImageList
 from bbx.providers.table import EXTRAS
@@ -24,11 +24,41 @@ from bbx.spec import Compress, RunSpec
 from bbx.store import Target, check_room
 
 
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Images/s of decoding, of computing and of writing to the disk, each measured alone.
+
+    `cores`: the images/s that the cores allow where decoding and computing take the same ones.
+    """
+
+    decode: float
+    compute: float
+    store: float
+    cores: float | None = None
+
+    @property
+    def limit(self) -> str:
+        """Which is least."""
+        rates = {"compute": self.compute, "decode": self.decode, "store": self.store}
+        return min(rates, key=rates.__getitem__)
+
+    @property
+    def least(self) -> float:
+        """The rate of `limit`."""
+        return min(self.compute, self.decode, self.store)
+
+    @property
+    def expected(self) -> float:
+        """Images/s of the whole, in which all goes on at once."""
+        return self.least if self.cores is None else min(self.least, self.cores)
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that is known before the first image is decoded.
 
     `fresh`: the mode begins anew, so that the same command would not continue it. `notes`: what a user should know.
+    `rates`: what this machine makes of it, where that was measured.
     """
 
     images: ImageList
@@ -47,6 +77,7 @@ class Plan:
     fresh: bool = False
     compress: Compress = "none"
     notes: tuple[str, ...] = ()
+    rates: Rates | None = None
 
     @property
     def needed_nbytes(self) -> int:
@@ -59,6 +90,15 @@ class Plan:
     def padded(self) -> bool:
         """Whether every batch keeps its shape: for the same bits each time, or because compiled code is for one."""
         return self.deterministic or self.engine.engine == "compile"
+
+    @property
+    def work(self) -> Work:
+        """What becomes of every batch."""
+        return Work(self.run.dtype, self.run.pool, self.batch_size)
+
+    def decoders(self, rows: int) -> int:
+        """How many decoding processes `rows` images are worth."""
+        return min(self.workers, 1 + rows // 8)
 
     def check_disk(self) -> None:
         """Raises `StartError` when the disk cannot hold the features."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from bbx.backbone import Backbone, normalise
-from bbx.engine import choose, kept_memory
+from bbx.engine import EngineSettings, Growth, Work, choose, grow, kept_memory
 from bbx.errors import ImageError, UsageError
 from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, decode_one, find_images, read_image
 from bbx.images.decoders import TIMEOUT
 from bbx.loop import Progress, run_loop
 from bbx.plan import Plan, Summary, attempt, cores, find_device, free_nbytes
+from bbx.rates import LONG, measured
 from bbx.rebuild import Request, check_weights, config_of, images_of, options_of
 from bbx.skip import skip_held
 from bbx.spec import (
+    BatchSize,
     ChannelsLast,
     Compress,
     Decode,
@@ -75,7 +78,7 @@ def extract(
     pool: Pool | None = None,
     like: str | os.PathLike[str] | None = None,
     skip_in: str | os.PathLike[str] | None = None,
-    batch_size: int | None = None,
+    batch_size: BatchSize | None = None,
     workers: int | None = None,
     device: str = "auto",
     engine: Engine = "eager",
@@ -109,8 +112,9 @@ def extract(
     `(c, h, w)`.
     `like`, a feature file, says all of the above where the call does not; without `images`, its images are meant.
     `skip_in`, a feature file: only the images that it does not hold, or holds in an older version.
-    `batch_size`: images at once, default 8 on a CPU and 64 elsewhere; `workers`: decoding processes, default the cores;
-    `engine`: `compile` has torch.compile make code for the network, where the job is long enough to pay for it;
+    `batch_size`: images at once, default 8 on a CPU and 64 elsewhere, `auto` measures what is best; `workers`: decoding
+    processes, default the cores; `engine`: `compile` has torch.compile make code for the network, where the job is long
+    enough to pay for it;
     `channels_last`: whether maps are so laid out in memory while computing.
     `image_timeout` in seconds and `max_pixels` are what one image may take; `digest`: record that of each input file.
     `deterministic`: only algorithms that give the same bits each time, each row at its own place of a whole batch.
@@ -129,7 +133,8 @@ def extract(
         "decode": decode, "norm": norm, "tokens": tokens, "dtype": dtype, "precision": precision, "pool": pool,
     }  # fmt: skip
     given = {name: value for name, value in wishes.items() if value is not None}
-    _check_numbers(batch_size=batch_size, workers=workers, image_timeout=image_timeout, max_pixels=max_pixels)
+    _check_batch_size(batch_size, deterministic=deterministic)
+    _check_numbers(workers=workers, image_timeout=image_timeout, max_pixels=max_pixels)
     words = {"mode": mode, "on_error": on_error, "compress": compress, "engine": engine, "channels_last": channels_last}
     _check_words({**words, **given})
     if retry_failed and images is None and like is None and not given:
@@ -145,8 +150,16 @@ def extract(
     run = run_of(backbone, dtype=options["dtype"], pool=options["pool"], source=request.to_json())
     path = Path(output)
     target = check_target(path, run, found.keys, mode, retry_failed=retry_failed)
-    at_once = min(batch_size or BATCH_SIZES.get(where.type, 64), len(found))
-    how = choose(backbone, where, engine=engine, channels_last=channels_last, rows=len(found), batch_size=at_once)
+
+    def settings(size: int) -> EngineSettings:
+        return choose(backbone, where, engine=engine, channels_last=channels_last, rows=len(found), batch_size=size)
+
+    growth: Growth | None = None
+    if batch_size == "auto" and target.pending:
+        growth = grow(backbone, where, Work(run.dtype, run.pool, 1), settings, most=target.pending)
+    wanted = growth.best if growth else None if batch_size == "auto" else batch_size
+    at_once = min(wanted or BATCH_SIZES.get(where.type, 64), len(found))
+    how = settings(at_once)
     plan = Plan(
         found, backbone, run, path, target, where,
         batch_size=at_once,
@@ -158,8 +171,10 @@ def extract(
         retry_failed=retry_failed,
         fresh=mode in ("new", "overwrite"),
         compress=compress,
-        notes=(how.why,) if how.why else (),
+        notes=tuple(note for note in (how.why, growth.describe() if growth else "") if note),
     )  # fmt: skip
+    if target.pending >= (1 if dry_run else LONG) and plan.needed_nbytes <= plan.free_nbytes:
+        plan = measured(plan)
     if on_plan:
         on_plan(plan)
     plan.check_disk()
@@ -257,6 +272,17 @@ def _check_numbers(**options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} cannot be {value}", "leave it out for the default")
+
+
+def _check_batch_size(value: Any, *, deterministic: bool) -> None:
+    """Raises `UsageError` unless it is a number above zero, or `auto` where that may be."""
+    if value == "auto" and deterministic:
+        raise UsageError(
+            "--deterministic does not go with --batch-size auto, which may measure another size each time",
+            "give --batch-size a number, or leave it out",
+        )
+    if value not in (None, "auto") and not (isinstance(value, Integral) and int(value) > 0):
+        raise UsageError(f"--batch-size cannot be {value}", "a whole number from 1 on, or auto, which measures")
 
 
 def _check_words(options: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ Norm = Literal["raw", "native"]
 Compress = Literal["none", "gzip"]
 Engine = Literal["eager", "compile"]
 ChannelsLast = Literal["auto", "yes", "no"]
+BatchSize = int | Literal["auto"]
 
 # Fields that say how a run came about, and not what it computes.
 _LABELS = ("weights", "source")

@@ -15,6 +15,7 @@ from typing import NoReturn
 import typer
 
 from bbx.cli.app import app, print_json
+from bbx.cli.bench import bench
 from bbx.cli.extraction import extract
 from bbx.cli.files import diff, export, merge, verify
 from bbx.cli.look import info, models, show, stages_command
@@ -24,6 +25,7 @@ from bbx.errors import BbxError, InterruptedRunError, UsageError, WriteError
 
 __all__ = [
     "app",
+    "bench",
     "diff",
     "export",
     "extract",
@@ -37,7 +39,7 @@ __all__ = [
     "verify",
 ]
 
-_ORDER = (extract, show, stages_command, models, info, verify, diff, merge, export)
+_ORDER = (extract, show, stages_command, models, info, verify, diff, bench, merge, export)
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.callback))  # as the help lists them
 for _command in app.registered_commands:
     _command.short_help = (_command.callback.__doc__ or "").partition("\n\n")[0]  # which the help does not cut short

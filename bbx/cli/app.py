@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bbx.errors import UsageError
-from bbx.spec import Decode, ExifMode, Norm, ResizeMode
+from bbx.spec import BatchSize, Decode, ExifMode, Norm, ResizeMode
 
 if TYPE_CHECKING:
     from bbx.backbone import Backbone
@@ -38,6 +38,14 @@ Model = Annotated[
 ]
 Stages = Annotated[
     str | None, typer.Option(help="stem,stage2 · 0,-1 · stem..stage2 · all (default: the last)", metavar="LIST")
+]
+Batch = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N",
+        help="Images computed at once, or auto: measured (default: 8 on a CPU, 64 elsewhere)",
+    ),
 ]
 Layers = Annotated[str | None, typer.Option(help="Any module paths or globs: 'features.*.norm1'", metavar="LIST")]
 Weights = Annotated[
@@ -111,6 +119,17 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise UsageError(f"--size {text!r} is no size", "pixels, such as 224, or HEIGHTxWIDTH, such as 224x320")
     return int(match[1]), int(match[2] or match[1])
+
+
+def parse_batch_size(text: str | None) -> BatchSize | None:
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text.strip()):
+        hint = "a whole number from 1 on, or auto, which measures: bbx extract --help"
+        raise UsageError(f"--batch-size {text!r} is no number of images", hint)
+    return int(text)
 
 
 def print_json(data: object) -> None:

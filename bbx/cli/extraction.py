@@ -10,6 +10,7 @@ import typer
 
 from bbx.cli.app import (
     EXIT_CODES,
+    Batch,
     Config,
     DecodeOption,
     Exif,
@@ -28,6 +29,7 @@ from bbx.cli.app import (
     Weights,
     app,
     given,
+    parse_batch_size,
     parse_size,
     print_json,
 )
@@ -55,9 +57,7 @@ def extract(
     decode: DecodeOption = None,
     norm: NormOption = None,
     tokens: Tokens = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images computed at once (default: 8 on a CPU, 64 elsewhere)", min=1)
-    ] = None,
+    batch_size: Batch = None,
     workers: Annotated[int | None, typer.Option(help="Decoding processes (default: one per core)", min=1)] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps (default: auto)", metavar="D")
@@ -111,7 +111,7 @@ def extract(
         options = given(
             model=model, config=config, stages=stages, layers=layers, weights=weights, seed=seed, size=parse_size(size),
             resize_mode=resize_mode, exif=exif, decode=decode, norm=norm, tokens=tokens,
-            batch_size=batch_size, workers=workers, device=device,
+            batch_size=parse_batch_size(batch_size), workers=workers, device=device,
             engine=engine, channels_last=channels_last, dtype=dtype, precision=precision,
             pool=pool, like=like, skip_in=skip_in, output=output, mode=mode, retry_failed=retry_failed,
             compress=compress, deterministic=deterministic, image_timeout=image_timeout, max_pixels=max_pixels,

@@ -2,7 +2,21 @@
 
 from bbx.engine.compute import Computed, Work, pooled
 from bbx.engine.memory import kept_memory
+from bbx.engine.probe import Growth, Tried, forward_rate, grow, noise
 from bbx.engine.settings import EngineSettings, choose
 from bbx.engine.streams import Streams
 
-__all__ = ["Computed", "EngineSettings", "Streams", "Work", "choose", "kept_memory", "pooled"]
+__all__ = [
+    "Computed",
+    "EngineSettings",
+    "Growth",
+    "Streams",
+    "Tried",
+    "Work",
+    "choose",
+    "forward_rate",
+    "grow",
+    "kept_memory",
+    "noise",
+    "pooled",
+]

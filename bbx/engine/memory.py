@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,25 +21,39 @@ _KEEPING = {_M_ARENA_MAX: 1, _M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 <
 # What glibc comes to by itself as large pieces are freed, and as many arenas as it would have made.
 _USUAL = {_M_ARENA_MAX: 8 * (os.cpu_count() or 1), _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20}
 
+_jobs = 0
+_counting = threading.Lock()
+
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
     """Has freed memory stay with the process for the time of a job; afterwards what is free goes back to the system.
 
-    It has to begin before the threads that allocate are started, and does nothing without glibc.
+    It has to begin before the threads that allocate are started, and does nothing without glibc. Of jobs within a job,
+    or beside it, the last to end gives back.
     """
     libc = _glibc()
     if libc is None:
         yield
         return
-    for option, value in _KEEPING.items():
-        libc.mallopt(option, value)
+    _set(libc, _KEEPING, change=1)
     try:
         yield
     finally:
-        for option, value in _USUAL.items():
+        if _set(libc, _USUAL, change=-1):
+            libc.malloc_trim(0)
+
+
+def _set(libc: ctypes.CDLL, options: dict[int, int], *, change: int) -> bool:
+    """Has the allocator follow the first job to begin and the last to end; whether this is one of them."""
+    global _jobs
+    with _counting:
+        before, _jobs = _jobs, _jobs + change
+        if before and _jobs:
+            return False
+        for option, value in options.items():
             libc.mallopt(option, value)
-        libc.malloc_trim(0)
+        return True
 
 
 def _glibc() -> ctypes.CDLL | None:

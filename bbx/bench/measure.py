@@ -1,0 +1,218 @@
+"""The measurements of `bbx bench`, in the order of the pipeline; the plan is that of `bbx extract` itself."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bbx.bench.pictures import make_pictures
+from bbx.bench.result import Bench
+from bbx.engine import EngineSettings, choose, forward_rate, grow
+from bbx.errors import StartError
+from bbx.images import find_images
+from bbx.plan import Plan, Rates, Summary, attempt, free_nbytes
+from bbx.rates import LONG, decode_rate, sample, write_rate
+from bbx.runner import extract
+from bbx.spec import BatchSize, Dtype, Engine, Precision
+from bbx.store import FeatureWriter
+
+END_SECONDS = 2.0
+"""About how long the extraction at the end takes."""
+_STORED_NBYTES, _STORED_ROWS = 64_000_000, 512
+_END_NBYTES = 1_000_000_000
+_FEWEST = 64
+# Compiled code has to gain this much to be worth its minute.
+_COMPILE_GAIN = 1.05
+
+Images = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def bench(
+    model: str,
+    images: Images | None = None,
+    *,
+    stages: str | Sequence[str | int] | None = None,
+    device: str = "auto",
+    batch_size: BatchSize | None = None,
+    workers: int | None = None,
+    precision: Precision = "float32",
+    dtype: Dtype = "float32",
+    weights: str = "random",
+    size: int | tuple[int, int] | None = None,
+    engine: Engine = "eager",
+    tell: Callable[[str], None] | None = None,
+) -> Bench:
+    """Measures what `bbx.extract` with these options does here; `images` as there, by default 64 made ones.
+
+    Files are written into a folder of their own below the current one, which is removed. `engine`: `compile` measures
+    compiled code, too. `tell` hears what is being measured. Raises what `bbx.extract` does.
+    """
+    say = tell or (lambda _what: None)
+    options: dict[str, Any] = {
+        "model": model, "stages": stages, "device": device, "batch_size": batch_size, "workers": workers,
+        "precision": precision, "dtype": dtype, "weights": weights, "size": size,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix=".bbx-bench-", dir=".") as name:
+        folder = Path(name).resolve()
+        made = images is None or not (isinstance(images, str | os.PathLike) or len(images))
+        say("the model; decoding, computing and writing alone")
+        paths = make_pictures(folder) if made else _paths(images)
+        plan = _plan(folder, _links(folder, paths, _FEWEST), options)
+        return _measured(
+            plan, folder, paths, options, engine=engine, made=made, command=_command(options, images), say=say
+        )
+
+
+def _measured(
+    plan: Plan,
+    folder: Path,
+    paths: Sequence[Path],
+    options: dict[str, Any],
+    *,
+    engine: Engine,
+    made: bool,
+    command: Callable[[int, Engine], str],
+    say: Callable[[str], None],
+) -> Bench:
+    where, backbone, work = plan.device, plan.backbone, plan.work
+    alone = plan.rates
+    if alone is None:
+        raise StartError(plan.notes[-1])
+    say("fast decoding")
+    fast = replace(plan.decoding, preprocess=plan.decoding.preprocess.override(decode="fast"))
+    decode_fast = decode_rate(sample(plan.images), fast, plan.decoders(_FEWEST))
+    say("the forward in other ways")
+    one_stream = EngineSettings(threads=torch.get_num_threads())
+    plain = forward_rate(backbone, where, work, one_stream).rate
+    whole = forward_rate(backbone.select(backbone.stage_names[-1]), where, work, plan.engine).rate
+    compiled = None
+    if engine == "compile":
+        how = choose(backbone, where, engine="compile", rows=10**9, batch_size=work.batch_size)
+        compiled = forward_rate(backbone, where, work, how).rate
+    say("the forward by batch size")
+    growth = grow(
+        backbone, where, work, lambda size: choose(backbone, where, rows=10**9, batch_size=size), most=10**9
+    )  # fmt: skip
+    say("the store")
+    stored, raw = _store_rates(plan, folder)
+    store = stored / plan.run.row_nbytes
+    rates = replace(alone, store=store)
+    say("all together")
+    end_to_end, rows = _end_to_end(plan, folder, paths, rates, options)
+    best: Engine = "compile" if compiled and compiled > _COMPILE_GAIN * alone.compute else "eager"
+    return Bench(
+        model=plan.run.model, weights=plan.run.weights, stages=tuple(stage.name for stage in plan.run.stages),
+        device=str(attempt(plan)["device"]), precision=plan.run.precision, dtype=plan.run.dtype,
+        images=len(paths), made=made, batch_size=plan.batch_size, workers=plan.workers, engine=plan.engine,
+        rates=rates, decode_fast=decode_fast, plain=plain, compiled=compiled,
+        whole=whole, batches=growth.tried, batches_why=growth.why,
+        store_nbytes=stored, raw_nbytes=raw, end_to_end=end_to_end, end_rows=rows,
+        best_engine=best, best_batch_size=growth.best, command=command(growth.best, best),
+        notes=_notes(plan, rates, decode_fast),
+    )  # fmt: skip
+
+
+def _paths(images: Images | None) -> list[Path]:
+    """The images to measure with, spread over all that are named."""
+    assert images is not None
+    found = find_images([images] if isinstance(images, str | os.PathLike) else images)
+    rows = np.unique(np.linspace(0, len(found) - 1, LONG - 1).astype(int))
+    return [Path(found.path(int(row))).absolute() for row in rows]
+
+
+def _links(folder: Path, paths: Sequence[Path], count: int) -> list[str]:
+    """`count` names for `paths`, one after the other and again: a job of any length from a handful of pictures."""
+    names = [folder / "links" / f"{number:05}{paths[number % len(paths)].suffix}" for number in range(count)]
+    names[0].parent.mkdir(exist_ok=True)
+    for number, name in enumerate(names):
+        if not name.is_symlink():
+            name.symlink_to(paths[number % len(paths)])
+    return [str(name) for name in names]
+
+
+def _plan(folder: Path, links: list[str], options: dict[str, Any]) -> Plan:
+    """What `bbx extract` would do, and the rates that it measures for that."""
+    plans: list[Plan] = []
+    extract(links, output=folder / "end.h5", dry_run=True, on_plan=plans.append, **options)
+    return plans[0]
+
+
+def _store_rates(plan: Plan, folder: Path) -> tuple[float, float]:
+    """Bytes/s of bbx's store, and of writing as many bytes plainly, in turns; the median of each."""
+    run, batch = plan.run, min(plan.batch_size, 8)
+    batches = max(1, min(_STORED_NBYTES // run.row_nbytes, _STORED_ROWS) // batch)
+    random = np.random.default_rng(0)
+    maps = {
+        stage.name: random.standard_normal((batch, *stage.shape), np.float32).astype(run.dtype) for stage in run.stages
+    }
+    nbytes = batches * batch * run.row_nbytes
+    stored, raw = [], []
+    for turn in range(2):
+        raw.append(write_rate(folder, nbytes))
+        keys = [str(row) for row in range(batches * batch)]
+        path = folder / f"store{turn}.h5"
+        with FeatureWriter.open(path, run, keys) as writer:
+            started = time.perf_counter()
+            for first in range(0, len(keys), batch):
+                writer.write(np.arange(first, first + batch), maps)
+        stored.append(nbytes / (time.perf_counter() - started))
+        path.unlink()
+    return statistics.median(stored), statistics.median(raw)
+
+
+def _end_to_end(
+    plan: Plan, folder: Path, paths: Sequence[Path], rates: Rates, options: dict[str, Any]
+) -> tuple[float, int]:
+    """Images/s of an extraction once it is under way, and how many images it took."""
+    room = min(_END_NBYTES, free_nbytes(folder / "end.h5") // 4) // plan.run.row_nbytes
+    count = max(_FEWEST, 6 * plan.batch_size, min(int(rates.expected * END_SECONDS), room, LONG - 1))
+    seen: list[tuple[int, float]] = []
+
+    def progress(summary: Summary) -> None:
+        seen.append((summary.extracted + summary.failed, summary.wall))
+
+    links = _links(folder, paths, count)
+    extract(links, output=folder / "end.h5", progress=progress, **{**options, "batch_size": plan.batch_size})
+    # The first batches wait for decoders to start.
+    first = next((one for one in seen if one[0] >= count / 4), seen[-1])
+    last = seen[-1]
+    rows, seconds = (last[0] - first[0], last[1] - first[1]) if last[0] > first[0] else last
+    return rows / seconds, count
+
+
+def _command(options: dict[str, Any], images: Images | None) -> Callable[[int, Engine], str]:
+    """Makes the command line that extracts with a batch size and an engine; options left out stay so."""
+    usual = {"device": "auto", "precision": "float32", "dtype": "float32", "weights": "random"}
+    words = ["bbx", "extract"]
+    for name, value in options.items():
+        if value is not None and value != usual.get(name) and name != "batch_size":
+            text = "x".join(map(str, value)) if name == "size" and isinstance(value, tuple) else value
+            text = ",".join(map(str, text)) if isinstance(text, list | tuple) else text
+            words += [f"--{name}", str(text)]
+    given = [images] if isinstance(images, str | os.PathLike) else images or ["images/"]
+    named = [os.fspath(one) for one in given]
+
+    def command(batch_size: int, engine: Engine) -> str:
+        how = ["--engine", engine] if engine != "eager" else []
+        return shlex.join([*words, "--batch-size", str(batch_size), *how, *named])
+
+    return command
+
+
+def _notes(plan: Plan, rates: Rates, decode_fast: float) -> tuple[str, ...]:
+    notes = [*plan.backbone.notes, *plan.notes]
+    if rates.limit == "decode" and decode_fast > rates.decode:
+        notes.append("decoding is the limit: --decode fast gives nearly the same pixels for less")
+    if rates.limit == "store" and plan.run.dtype == "float32":
+        notes.append("the store is the limit: --dtype float16 halves what is written, --pool avg makes it a vector")
+    return tuple(notes)

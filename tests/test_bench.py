@@ -1,0 +1,288 @@
+"""Measuring: the batch size that `auto` picks, the limit that the plan names, `bbx bench`. No figure is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bbx.backbone import Backbone
+from bbx.engine import Growth, Tried, Work, choose, forward_rate, grow, noise, probe
+from bbx.errors import StartError, UsageError
+from bbx.plan import Plan, Rates
+from bbx.providers import load_backbone
+from bbx.runner import extract
+from tests.test_loop import memory_of
+
+CPU = torch.device("cpu")
+WORK = Work("float32", "none", 8)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every measurement is made, in a moment."""
+    monkeypatch.setattr(probe, "SECONDS", 0.001)
+    monkeypatch.setattr("bbx.bench.measure.END_SECONDS", 0.01)
+    monkeypatch.setattr("bbx.bench.measure._STORED_NBYTES", 1_000_000)
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    return load_backbone("toy", stages="all")
+
+
+def is_rate(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value > 0
+
+
+def rates_of_sizes(monkeypatch: pytest.MonkeyPatch, rates: dict[int, float]) -> list[int]:
+    """Has each batch size its rate; gives the sizes that are tried."""
+    seen: list[int] = []
+
+    def rate(_backbone: object, _device: object, work: Work, _settings: object) -> Tried:
+        seen.append(work.batch_size)
+        return Tried(work.batch_size, rates.get(work.batch_size, 1.0))
+
+    monkeypatch.setattr(probe, "forward_rate", rate)
+    return seen
+
+
+def growth_of(backbone: Backbone, *, most: int = 64) -> Growth:
+    return grow(backbone, CPU, WORK, lambda size: choose(backbone, CPU, rows=100, batch_size=size), most=most)
+
+
+def plan_of(images: Path, **options: object) -> Plan:
+    plans: list[Plan] = []
+    extract(images, model="toy", output=images.parent / "f.h5", on_plan=plans.append, **options)
+    return plans[0]
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("rates", "tried", "best"),
+    [
+        ({1: 0.9, 2: 2}, [1], 1),
+        ({1: 100, 2: 200, 4: 205, 8: 206}, [1, 2, 4, 8], 2),
+        ({1: 100, 2: 90, 4: 80}, [1, 2, 4], 1),
+        ({1: 100, 2: 100, 4: 200, 8: 200, 16: 210}, [1, 2, 4, 8, 16], 4),
+        ({1: 100, 2: 200, 4: 300, 8: 400, 16: 500, 32: 600, 64: 700}, [1, 2, 4, 8, 16, 32, 64], 64),
+        ({1: 100, 2: 104, 4: 108, 8: 50}, [1, 2, 4], 2),
+    ],
+)
+def test_batches_grow_until_two_doublings_gain_too_little(backbone, monkeypatch, rates, tried, best):
+    seen = rates_of_sizes(monkeypatch, rates)
+    growth = growth_of(backbone)
+    assert seen == tried
+    assert growth.best == best
+    assert f"--batch-size auto is {best}," in growth.describe()
+
+
+@pytest.mark.parametrize(("most", "tried"), [(1, [1]), (3, [1, 2, 3]), (5, [1, 2, 4, 5])])
+def test_a_batch_beyond_the_number_of_rows_is_not_tried(backbone, monkeypatch, most, tried):
+    seen = rates_of_sizes(monkeypatch, {size: 2.0**size for size in range(10)})
+    growth_of(backbone, most=most)
+    assert seen == tried
+
+
+def test_memory_that_is_full_ends_the_growth(backbone, monkeypatch):
+    monkeypatch.setattr(Backbone, "__call__", memory_of(2))
+    monkeypatch.setattr(probe, "GAIN", -1.0)  # whatever its rate, a doubling counts as gain
+    growth = growth_of(backbone)
+    assert [one.batch_size for one in growth.tried] == [1, 2]
+    assert growth.why == "the memory does not hold 4"
+
+
+def test_a_device_that_cannot_hold_the_first_batch_is_tried_with_smaller_ones(backbone, monkeypatch):
+    monkeypatch.setattr(Backbone, "__call__", memory_of(3))
+    monkeypatch.setattr(probe, "_FIRST", {"cpu": 16})
+    growth = growth_of(backbone)
+    assert [one.batch_size for one in growth.tried] == [2]
+    assert growth.best == 2
+    monkeypatch.setattr(Backbone, "__call__", memory_of(0))
+    with pytest.raises(StartError, match="too little memory for one image"):
+        growth_of(backbone)
+
+
+def test_growth_stops_before_the_memory_of_a_machine_is_full(backbone, monkeypatch):
+    monkeypatch.setattr(probe, "GAIN", -1.0)
+    monkeypatch.setattr(probe, "_available_nbytes", lambda: -1.0)
+    assert growth_of(backbone).why == "the memory that is free might not hold 2"
+
+
+def test_the_forward_is_measured_on_noise_through_the_runs_own_streams(backbone, monkeypatch):
+    seen: list[torch.Tensor] = []
+    real = Backbone.__call__
+
+    def call(self: Backbone, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.append(pixels)
+        return real(self, pixels)
+
+    monkeypatch.setattr(Backbone, "__call__", call)
+    settings = choose(backbone, CPU, rows=1000, batch_size=8)
+    assert is_rate(forward_rate(backbone, CPU, WORK, settings).rate)
+    assert len(seen) >= 2 * settings.streams
+    assert {len(pixels) for pixels in seen} == {8}
+    assert all(pixels.std() > 0.5 for pixels in seen)
+    assert len(set(noise(backbone.preprocess, 2).ravel().tolist())) == 256
+
+
+def test_auto_picks_a_size_that_was_tried_and_says_what_it_found(bbx_cli, pictures):
+    ran = bbx_cli("extract", "--json", "--model", "toy", "--batch-size", "auto", pictures)
+    facts = json.loads(ran.out)
+    assert (ran.code, facts["done"]) == (0, 7)
+    note = next(line for line in facts["warnings"] if line.startswith("--batch-size auto is"))
+    assert f" {facts['batch_size']}: " in note.replace("(", " ")
+    assert facts["batch_size"] in (1, 2, 4, 7)
+    assert note in ran.err
+    again = json.loads(bbx_cli("extract", "--json", "--model", "toy", "--batch-size", "auto", pictures).out)
+    assert not any("auto" in line for line in again["warnings"])  # nothing is to do
+
+
+def test_none_stays_the_fixed_default(pictures):
+    assert plan_of(pictures, batch_size=None).batch_size == 7
+    assert plan_of(pictures, batch_size=3).batch_size == 3
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "x", "1.5", "", "٣", "AUTO2"])
+def test_a_batch_size_that_is_none_is_refused(bbx_cli, pictures, text):
+    ran = bbx_cli("extract", "--model", "toy", "--batch-size", text, pictures)
+    assert ran.code == 2
+    assert "--batch-size" in ran.err
+    assert "or auto" in ran.err
+
+
+def test_auto_does_not_go_with_deterministic(pictures):
+    with pytest.raises(UsageError, match="--deterministic does not go with --batch-size auto"):
+        plan_of(pictures, batch_size="auto", deterministic=True)
+    with pytest.raises(UsageError, match="--batch-size cannot be many"):
+        plan_of(pictures, batch_size="many")
+
+
+def test_a_dry_run_says_what_will_be_the_limit_and_writes_nothing(bbx_cli, pictures, tmp_path):
+    (pictures / "003.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    before = files_below(tmp_path)
+    ran = bbx_cli("extract", "--json", "--dry-run", "--model", "toy", pictures)
+    rates = json.loads(ran.out)["rates"]
+    assert set(rates) == {"decode", "compute", "store", "cores", "limit", "expected"}
+    assert all(is_rate(rates[name]) for name in ("decode", "compute", "store", "cores", "expected"))
+    assert rates[rates["limit"]] == min(rates["decode"], rates["compute"], rates["store"])
+    assert f"limit   {rates['limit']}: " in ran.err
+    assert "for 7 images" in ran.err
+    assert files_below(tmp_path) == before
+
+
+def test_a_long_run_is_measured_and_a_short_one_is_not(pictures, monkeypatch):
+    assert plan_of(pictures).rates is None
+    monkeypatch.setattr("bbx.runner.LONG", 7)
+    assert plan_of(pictures).rates is None  # all done: nothing to measure for
+    rates = plan_of(pictures, mode="overwrite").rates
+    assert rates is not None
+    assert is_rate(rates.expected)
+
+
+def test_a_machine_that_refuses_to_be_measured_does_not_stop_the_run(pictures, monkeypatch):
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr("bbx.runner.LONG", 1)
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    plan = plan_of(pictures)
+    assert plan.rates is None
+    assert "Disk quota exceeded" in plan.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("rates", "limit", "expected"),
+    [
+        (Rates(280, 31, 600), "compute", 31),
+        (Rates(20, 31, 600), "decode", 20),
+        (Rates(280, 31, 3, 25), "store", 3),
+        (Rates(280, 31, 600, 25), "compute", 25),
+    ],
+)
+def test_the_least_is_the_limit_and_shared_cores_are_told(rates, limit, expected):
+    from bbx.console import rates_text
+
+    assert (rates.limit, rates.expected) == (limit, expected)
+    text = rates_text(rates, 1_000_000)
+    assert text.startswith(f"{limit}: {rates.least} images/s (")
+    assert ("on shared cores" in text) == (expected == 25)
+
+
+def test_the_limit_reads_as_a_sentence():
+    from bbx.console import duration_text, rates_text
+
+    told = "compute: 31 images/s (decode 280, store 600): about 9 h for 1,000,000 images"
+    assert rates_text(Rates(280, 31, 600), 1_000_000) == told
+    assert [duration_text(s) for s in (0.2, 42, 300, 32400, 864000)] == ["1 s", "42 s", "5 min", "9 h", "10 days"]
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--batch-size", "auto", "--dtype", "float16", "--size", "48", "--workers", 1)]
+)
+def test_bench_measures_everything_and_leaves_nothing(bbx_cli, tmp_path, options):
+    ran = bbx_cli("bench", "toy", "--stages", "stem,stage1", "--json", *options)
+    facts = json.loads(ran.out)
+    assert ran.code == facts["exit_code"] == 0
+    assert set(facts) >= {"model", "stages", "device", "engine", "rates", "decode_fast", "plain", "compiled", "whole",
+                          "batches", "early_exit", "store_share", "end_to_end", "share", "best_engine",
+                          "best_batch_size", "command"}  # fmt: skip
+    rates = [facts[name] for name in ("decode_fast", "plain", "whole", "early_exit", "store_nbytes", "raw_nbytes",
+                                      "store_share", "end_to_end", "share", "expected_share")]  # fmt: skip
+    assert all(map(is_rate, [*rates, *(facts["rates"][name] for name in ("decode", "compute", "store", "expected"))]))
+    assert facts["compiled"] is None
+    assert facts["best_batch_size"] in [one["batch_size"] for one in facts["batches"]]
+    assert facts["share"] == facts["end_to_end"] / facts["rates"][facts["rates"]["limit"]]
+    assert (facts["images"], facts["made"], facts["stages"]) == (64, True, ["stem", "stage1"])
+    assert files_below(tmp_path) == []
+
+
+def test_the_command_that_bench_ends_with_runs(bbx_cli, pictures, tmp_path):
+    (pictures / "003.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    ran = bbx_cli("bench", "toy", pictures, "--stages", "0-1", "--size", "48x32", "--dtype", "float16")
+    assert ran.code == 0, ran.err
+    assert all(word in ran.out for word in ("decode", "--decode fast", "forward", "store", "end to end", "early exit"))
+    command = ran.out.splitlines()[-1].split()
+    assert command[:2] == ["bbx", "extract"]
+    assert "--weights" not in command
+    assert files_below(tmp_path) == ["pictures", *(f"pictures/{number:03}.png" for number in range(7))]
+    again = bbx_cli(*command[1:], "--json")
+    assert (again.code, json.loads(again.out)["done"]) == (4, 6)
+
+
+def test_bench_of_unreadable_images_still_measures(bbx_cli, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    ran = bbx_cli("bench", "toy", "bad", "--json")
+    assert ran.code == 0, ran.err
+    assert is_rate(json.loads(ran.out)["end_to_end"])
+    assert files_below(tmp_path) == ["bad", "bad/1.png"]
+
+
+def test_bench_says_what_is_wrong_and_leaves_nothing(bbx_cli, tmp_path):
+    assert bbx_cli("bench", "toy", "--stages", "stage9").code == 2
+    assert bbx_cli("bench", "toy", "nowhere").code in (2, 3)
+    assert bbx_cli("bench", "toy", "--batch-size", "0").code == 2
+    assert files_below(tmp_path) == []
+
+
+def test_made_pictures_are_the_same_each_time_and_never_blank(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    from bbx.bench.pictures import make_pictures
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    one, other = ([path.read_bytes() for path in make_pictures(tmp_path / name)] for name in ("a", "b"))
+    assert one == other
+    assert len(set(one)) == 64
+    picture = Image.open(tmp_path / "a" / "07.jpg")
+    assert picture.size == (640, 480)
+    assert np.asarray(picture).std() > 20
