@@ -17,7 +17,6 @@ import bbx
 from bbx.backbone import Backbone
 from bbx.engine import EngineSettings, choose, settings
 from bbx.engine.fold import fold
-from bbx.engine.memory import kept_memory
 from bbx.engine.prepare import prepared, replica
 from bbx.errors import StartError, UsageError
 from bbx.providers import load_backbone
@@ -256,7 +255,7 @@ def test_memory_of_one_batch_serves_the_next():
         int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)
         for how in ("kept", "usual")
     )
-    assert kept < 16_384 < 5 * 16_384 < usual
+    assert kept <= 2 * 16_384 < 5 * 16_384 < usual  # a piece or two may be new, where something came to lie between
 
 
 def test_what_was_kept_goes_back_at_the_end(pictures, tmp_path, monkeypatch):
