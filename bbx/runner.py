@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from bbx.backbone import Backbone, normalise
-from bbx.engine import EngineSettings, Growth, Work, choose, grow, kept_memory
+from bbx.engine import EngineSettings, Work, choose, grow, kept_memory
 from bbx.errors import ImageError, UsageError
 from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, decode_one, find_images, read_image
 from bbx.images.decoders import TIMEOUT
@@ -152,13 +152,11 @@ def extract(
     target = check_target(path, run, found.keys, mode, retry_failed=retry_failed)
 
     def settings(size: int) -> EngineSettings:
+        # By all rows, not by those that are left: a resumed run computes as it began.
         return choose(backbone, where, engine=engine, channels_last=channels_last, rows=len(found), batch_size=size)
 
-    growth: Growth | None = None
-    if batch_size == "auto" and target.pending:
-        growth = grow(backbone, where, Work(run.dtype, run.pool, 1), settings, most=target.pending)
-    wanted = growth.best if growth else None if batch_size == "auto" else batch_size
-    at_once = min(wanted or BATCH_SIZES.get(where.type, 64), len(found))
+    wanted, said = _batch_size(batch_size, backbone, where, Work(run.dtype, run.pool, 1), settings, target)
+    at_once = min(wanted, len(found))
     how = settings(at_once)
     plan = Plan(
         found, backbone, run, path, target, where,
@@ -171,7 +169,7 @@ def extract(
         retry_failed=retry_failed,
         fresh=mode in ("new", "overwrite"),
         compress=compress,
-        notes=tuple(note for note in (how.why, growth.describe() if growth else "") if note),
+        notes=tuple(note for note in (how.why, said) if note),
     )  # fmt: skip
     if target.pending >= (1 if dry_run else LONG) and plan.needed_nbytes <= plan.free_nbytes:
         plan = measured(plan)
@@ -193,6 +191,24 @@ def extract(
         ) as writer:  # fmt: skip
             run_loop(plan, writer, writer.pending, summary, on_error=on_error, progress=progress, stop=stop)
     return summary
+
+
+def _batch_size(
+    wish: BatchSize | None,
+    backbone: Backbone,
+    device: torch.device,
+    work: Work,
+    settings: Callable[[int], EngineSettings],
+    target: Target,
+) -> tuple[int, str]:
+    """How many images at once, and what a measurement said of it, if there was one."""
+    usual = BATCH_SIZES.get(device.type, 64)
+    if wish != "auto":
+        return wish or usual, ""
+    if not target.pending:
+        return usual, ""
+    growth = grow(backbone, device, work, settings, most=target.pending)
+    return growth.best, growth.describe()
 
 
 def _packing(summary: Summary, progress: Progress | None) -> Callable[[int, int], None] | None:
