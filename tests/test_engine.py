@@ -275,3 +275,25 @@ def test_the_file_says_how_it_was_computed(pictures, tmp_path: Path):
     extract(pictures, model="resnet18", weights="random", output=tmp_path / "f.h5", device="cpu")
     with bbx.open(tmp_path / "f.h5") as file:
         assert file.attempts[0]["engine"].startswith("eager, channels last, 1 ×")
+
+
+def test_what_a_batch_counted_before_its_memory_ran_out_is_not_counted_twice(pictures, tmp_path, monkeypatch):
+    from bbx.engine.compute import Compute
+
+    def broken(self: Backbone, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: tensor.fill_(float("nan")) for name, tensor in real(self, pixels).items()}
+
+    def full_once(self: Compute, name: str, *rest: object) -> torch.Tensor:
+        stored.append(name)
+        if len(stored) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return storing(self, name, *rest)
+
+    real, storing, stored = Backbone.__call__, Compute._stored, []
+    monkeypatch.setattr(Backbone, "__call__", broken)
+    options = {"model": "toy", "stages": "all", "batch_size": 4, "device": "cpu"}
+    whole = extract(pictures, output=tmp_path / "whole.h5", **options)
+    monkeypatch.setattr(Compute, "_stored", full_once)
+    halved = extract(pictures, output=tmp_path / "halved.h5", **options)
+    assert any("out of memory" in note for note in halved.notes)
+    assert halved.nonfinite == whole.nonfinite != {}

@@ -117,6 +117,7 @@ class Compute:
 
     def _attempt(self, pixels: NDArray[Any], kept: Tensor, computed: Computed) -> dict[str, Tensor] | None:
         """None where the memory does not suffice; the error is gone by then, and with it what it kept alive."""
+        counted = len(computed.counts)
         try:
             with self._without_gradients():
                 return self._forward(pixels, kept, computed)
@@ -125,6 +126,7 @@ class Compute:
                 if "deterministic" in str(error):
                     raise UsageError(f"{self._backbone.ref}: {error}", "leave --deterministic out") from None
                 raise
+        del computed.counts[counted:]  # the same images come again
         return None
 
     def _without_gradients(self) -> AbstractContextManager[Any]:

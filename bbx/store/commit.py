@@ -97,11 +97,11 @@ class Committer:
         while not self._stopping:
             self._wake.wait(max(0.0, latest - time.monotonic()))
             self._wake.clear()
-            if not self._due and time.monotonic() < latest:
-                disk.begin_writing(self._fd)
-                continue
-            self._due = False
             try:
+                if not self._due and time.monotonic() < latest:
+                    disk.begin_writing(self._fd)
+                    continue
+                self._due = False
                 self._commit()
             except Exception as error:  # Whatever it is, a thread that died unheard would commit nothing more.
                 self.error = WriteError(f"committing rows failed: {type(error).__name__}: {error}", _RETRY)
