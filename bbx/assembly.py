@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bbx.backbone import Backbone
@@ -26,7 +25,7 @@ from bbx.recipe import Model, Pyramid, checked, read, tidied
 from bbx.spec import BUILD, Build, Decode, ExifMode, ModelRef, Norm, ResizeMode
 from bbx.stages import align_stages
 from bbx.taps import Tap, capture, channels_first
-from bbx.weights import digest
+from bbx.weights import digest, seeded
 
 
 def assemble(
@@ -90,8 +89,7 @@ def load_pyramid(recipe: Pyramid, build: Build = BUILD) -> Backbone:
     """The backbone of `recipe` with its neck and head, whose random weights follow from `build.seed`."""
     inner = _inner(recipe, build)
     seed, device = build.seed, "meta" if build.structure else "cpu"
-    with torch.random.fork_rng(devices=()), torch.device(device):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         network = Assembled(recipe, inner)
     parts = "".join(f"+{part}" for part in (recipe.neck, recipe.head) if part != "none")
     added = f", {' and '.join(parts[1:].split('+'))} random (seed {seed})" if parts else ""

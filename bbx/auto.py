@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bbx.backbone import Backbone, parameters_by_stage
+from bbx.backbone import Backbone
 from bbx.errors import UsageError
+from bbx.parameters import parameters_by_stage
 from bbx.providers import load_backbone, load_structure, resolve, saved
 from bbx.spec import Build, Norm, Preprocess, Stage
 from bbx.stages import align_stages, select_stages

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -22,7 +22,11 @@ from bbx.spec import ModelRef, Norm, Precision, Preprocess, Stage
 from bbx.stages import select_stages
 from bbx.taps import Tap, capture, channels_first, exclusive, free_taps, settled
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+# The CPU's allocator says the second, on Windows the third.
+_NO_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 Forward = Callable[[Tensor, Sequence[Tap]], dict[str, Tensor]]
 """`(pixels, taps)` → each tap's raw output, in its own layout, having run nothing past the last one."""
@@ -75,7 +79,7 @@ class Backbone:
         paths = [path.strip() for path in layers.split(",")] if isinstance(layers, str) else list(layers)
         if isinstance(layers, str) and not any(paths):
             raise UsageError("--layers names no module", "leave it out, or name some: 'features.3,features.*.norm1'")
-        free, notes = free_taps(self.network, [path for path in paths if path], self._pixels(self.preprocess.size))
+        free, notes = free_taps(self.network, [path for path in paths if path], self.blank(self.preprocess.size))
         names = select_stages(self.stage_names, stages) if stages is not None or not free else ()
         wanted = [tap for tap in self.taps if tap.name in names]
         for tap in free:
@@ -105,9 +109,6 @@ class Backbone:
         kind = torch.device(device).type
         if precision == "tf32" and kind != "cuda":
             raise UsageError(f"precision tf32 exists on CUDA devices only, not on {kind}", "try --precision bf16")
-        if kind == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-            torch.backends.cudnn.allow_tf32 = precision == "tf32"
         self.network.to(device)
         return replace(self, precision=precision)
 
@@ -135,10 +136,15 @@ class Backbone:
             self._check(maps[tap.name], stage, len(pixels), whole=measured_size)
         return maps
 
+    def blank(self, size: tuple[int, int]) -> Tensor:
+        """`(1, 3, h, w)` of no picture, `size` being `(h, w)`: what shapes are measured with, where the network is."""
+        like = next(self.network.parameters(), torch.empty(0))
+        return torch.zeros((1, 3, *size), device=like.device, dtype=like.dtype)
+
     def _run(self, pixels: Tensor, taps: Sequence[Tap]) -> dict[str, Tensor]:
         lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         casting = torch.autocast(pixels.device.type, dtype=lower) if lower else nullcontext()
-        with casting, exclusive(self.network):
+        with casting, tf32(self.precision == "tf32") if pixels.is_cuda else nullcontext(), exclusive(self.network):
             return self.forward(pixels, taps) if self.forward else capture(self.network, taps, pixels)
 
     def _check(self, got: Tensor, stage: Stage, batch: int, *, whole: bool) -> None:
@@ -146,10 +152,6 @@ class Backbone:
         fits = tuple(got.shape) == declared if whole else tuple(got.shape[:2]) == declared[:2]
         if not fits or got.ndim != len(declared):
             raise ContractError(f"stage {stage.name} of {self.ref} gave {tuple(got.shape)}, declared {declared}")
-
-    def _pixels(self, size: tuple[int, int]) -> Tensor:
-        like = next(self.network.parameters(), torch.empty(0))
-        return torch.zeros((1, 3, *size), device=like.device, dtype=like.dtype)
 
     @cached_property
     def _measured(self) -> tuple[tuple[Tap, ...], tuple[Stage, ...]]:
@@ -159,7 +161,7 @@ class Backbone:
         # Not inference mode, whose tensors do not tell that they were written over.
         with torch.inference_mode(False), torch.no_grad():
             try:
-                first = self._run(self._pixels(size), wanted)
+                first = self._run(self.blank(size), wanted)
             except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 if is_out_of_memory(error):
@@ -173,7 +175,7 @@ class Backbone:
                 ) from None
             other = _other_size(*size)
             try:
-                second = self._run(self._pixels(other), wanted)
+                second = self._run(self.blank(other), wanted)
             except (AssertionError, LookupError, RuntimeError, TypeError, ValueError):
                 second, other = first, size  # a network of one fixed size, such as a ViT
         first_index = int(self.taps[0].name == "stage1")  # a network without a stem: index N is stageN all the same
@@ -184,7 +186,7 @@ class Backbone:
             if tap.free and output.ndim == 4 and output.shape == second[name].shape:
                 tap = self._settled_by_grids(tap, output)
             pairs = ((output, size), (second[name], other))
-            shapes = [tuple(channels_first(raw, tap, self._pixels(at)).shape[1:]) for raw, at in pairs]
+            shapes = [tuple(channels_first(raw, tap, self.blank(at)).shape[1:]) for raw, at in pairs]
             stride = _stride(shapes, size, other)
             taps.append(tap)
             stages.append(Stage(name, shapes[0], stride, tap.module, None if tap.free else index[name]))
@@ -194,7 +196,7 @@ class Backbone:
 
     def _settled_by_grids(self, tap: Tap, output: Tensor) -> Tap:
         """For a network of one size, whose axes do not move: a map is what has the grid of one of its stages."""
-        pixels = self._pixels(self.preprocess.size)
+        pixels = self.blank(self.preprocess.size)
         maps = [
             channels_first(raw, self.taps[i], pixels) for i, raw in enumerate(self._run(pixels, self.taps).values())
         ]
@@ -207,6 +209,28 @@ class Backbone:
             f"{tap.module} gives {tuple(output.shape[1:])}, and it cannot be seen which axes are height and width",
             "ask for the module that contains it",
         )
+
+
+@contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """Has CUDA compute float32 products in TF32, or not, while this lasts: torch's switches are the whole process's."""
+    backends: Any = torch.backends
+    switches = (backends.cuda.matmul, backends.cudnn)
+    # The words of torch 2.9, for each kind of operation; what a process says by them, the switches may not reach.
+    places = (backends.cuda.matmul, *(getattr(backends.cudnn, name, None) for name in ("conv", "rnn")))
+    kinds: list[Any] = [place for place in places if hasattr(place, "fp32_precision")]
+    before = [(kind, "fp32_precision", kind.fp32_precision) for kind in kinds]
+    with suppress(RuntimeError):  # then these words alone say what was wanted, and the switches cannot be read
+        before = [*[(switch, "allow_tf32", switch.allow_tf32) for switch in switches], *before]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = wanted
+        for kind in kinds:
+            kind.fp32_precision = "tf32" if wanted else "ieee"
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -225,84 +249,14 @@ def normalise(batch: Tensor, preprocess: Preprocess) -> Tensor:
 
         return floats(batch, preprocess)
     pixels = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    mean = pixels.new_tensor(preprocess.mean).view(3, 1, 1)
-    std = pixels.new_tensor(preprocess.std).view(3, 1, 1)
-    return pixels.sub_(mean).div_(std)
+    return pixels.sub_(_by_channel(preprocess.mean, pixels.device)).div_(_by_channel(preprocess.std, pixels.device))
 
 
-def parameters_by_stage(backbone: Backbone) -> dict[str, tuple[str, ...]]:
-    """The names of the parameters that each stage is the first to use, whether or not it was selected."""
-    every = backbone.select("all")
-    network = backbone.network
-    modules = {name for name, _ in network.named_modules() if name}
-    with _evaluating(network):
-        used_by = _used(every, [tap for tap in every._measured[0] if tap.module in modules])
-        for tap in every.taps:
-            if tap.name not in used_by:  # no module's output is its map: what runs for it alone is what it uses
-                used_by[tap.name] = _used(backbone.select([tap.name]), ())[""]
-    found: dict[str, tuple[str, ...]] = {}
-    before: set[str] = set()
-    for name in every.stage_names:
-        own = used_by[name] - before
-        found[name] = tuple(key for key, _ in network.named_parameters() if key in own)
-        before |= used_by[name]
-    return found
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """A forward in training mode would move the statistics of batch norms; each module's mode is its own afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _used(backbone: Backbone, taps: Sequence[Tap]) -> dict[str, set[str]]:
-    """Names of the parameters of all modules that had run when each tap's module was left, and under "" at the end."""
-    network = backbone.network
-    name_of = {id(parameter): name for name, parameter in network.named_parameters()}
-    used: set[str] = set()
-    snapshots: dict[str, set[str]] = {}
-    by_module: dict[int, list[Tap]] = {}
-    for tap in taps:
-        by_module.setdefault(id(network.get_submodule(tap.module)), []).append(tap)
-
-    # A module whose children are run without it (timm's networks by `forward_intermediates`) is used with them.
-    around: dict[int, list[nn.Module]] = {}
-    for name, module in network.named_modules():
-        parts = name.split(".") if name else []
-        around[id(module)] = [network.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
-
-    def entered(module: nn.Module, _inputs: Any) -> None:
-        for one in around[id(module)]:
-            used.update(name_of[id(parameter)] for parameter in one.parameters(recurse=False))
-
-    def left(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        # Some parents use a child's weights without calling it (attention), so a finished module counts whole.
-        used.update(name_of[id(parameter)] for parameter in module.parameters() if id(parameter) in name_of)
-        for tap in by_module.get(id(module), ()):
-            snapshots[tap.name] = set(used)
-
-    with ExitStack() as hooks, torch.inference_mode():
-        for module in network.modules():
-            hooks.callback(module.register_forward_pre_hook(entered).remove)
-            hooks.callback(module.register_forward_hook(left).remove)
-        backbone(backbone._pixels(backbone.preprocess.size))
-    return {**snapshots, "": used}
-
-
-def parameters_until(backbone: Backbone) -> dict[str, int]:
-    """How many parameters run until each stage's map is out."""
-    size_of = {name: parameter.numel() for name, parameter in backbone.network.named_parameters()}
-    total, counts = 0, {}
-    for stage, names in parameters_by_stage(backbone).items():
-        total += sum(size_of[name] for name in names)
-        counts[stage] = total
-    return counts
+@cache
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`(3, 1, 1)`; kept, for on a GPU to copy them is to wait for all that was queued."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def _other_size(height: int, width: int) -> tuple[int, int]:

@@ -83,7 +83,8 @@ def plan(what: Plan, *, verbose: bool = False) -> None:
     needed = f"{size_text(total)} ({run.dtype}{pooled}); {size_text(what.free_nbytes)} free"
     grid.add_row("output", plain(f"{what.output}  {needed}"))
     if what.rates:
-        grid.add_row("limit", plain(rates_text(what.rates, what.target.pending)))
+        packing = f", and then the packing by {what.compress}" if what.compress != "none" else ""
+        grid.add_row("limit", plain(rates_text(what.rates, what.target.pending) + packing))
     target = what.target
     if target.state == "resume":
         grid.add_row("resume", plain(f"{target.done:,} done, {target.failed:,} failed, {target.pending:,} to do"))

@@ -43,6 +43,10 @@ class AutoImageProcessor:
     """`processor(images, return_tensors="pt")` → `{"pixel_values": (b, 3, h, w)}`, by the model's own preprocessing."""
 
     def __init__(self, preprocess: Preprocess) -> None:
+        if preprocess.decode == "gpu":
+            raise UsageError(
+                "an image processor decodes on the CPU: there is no decode='gpu'", "decode='fast' or 'exact'"
+            )
         self.preprocess = preprocess
 
     @classmethod

@@ -6,59 +6,32 @@ Between them stand queues of a few batches, so memory does not grow with the num
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bbx.engine import Computed, Streams
+from bbx.engine import Streams, deterministic
 from bbx.errors import ImageError, InterruptedRunError
+from bbx.gpu_decode import decoders_for
 from bbx.images import Decoders, cell_dtype
-from bbx.images.decoders import Answer
+from bbx.images.process import Answer
 from bbx.plan import Plan, Summary
 from bbx.spec import InputFile, OnError
+from bbx.writing import Bad, Job, Sink, Writing, Written
 
 # Batches that wait to be computed beyond those that are being so, and to be written: more only cost memory.
 _AHEAD, _BEHIND = 1, 2
 
-
-class Sink(Protocol):
-    """Where rows go. `maps` holds `(b, *stage.shape)` per stage, C-contiguous, in the run's dtype."""
-
-    def write(self, rows: NDArray[np.int64], maps: Mapping[str, NDArray[Any]], inputs: Sequence[InputFile]) -> None:
-        """Takes the maps of `rows`, and their image files."""
-
-    def fail(self, row: int, reason: str, input: InputFile | None = None) -> None:
-        """Takes the reason why `row` has no maps."""
-
-
 Progress = Callable[[Summary], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Bad:
-    """A row whose image could not be read."""
-
-    row: int
-    reason: str
-    file: InputFile
-
-
-class _Written(NamedTuple):
-    """What came of a batch: how many rows are done, how they were computed, and the seconds of writing them."""
-
-    done: int
-    computed: Computed | None
-    seconds: float
 
 
 def run_loop(
@@ -74,47 +47,50 @@ def run_loop(
     """Takes `rows` from their images to `sink`, and counts them in `summary`.
 
     Raises `ImageError` where `on_error` is `fail`, `InterruptedRunError` where `stop` names a signal, `StartError`
-    where not one image fits into the device's memory, and what `sink` raises.
+    where not one image fits into the device's memory, and what `sink` raises. Left by a signal, it has let go of the
+    batches that no stream had begun, but for the oldest: their rows stay pending.
     """
+    left = len(rows)
+    started = time.perf_counter()
+
+    def report(written: Written) -> None:
+        _count(summary, written, plan.images.keys)
+        summary.wall = time.perf_counter() - started
+        if progress:
+            progress(summary)
+
     with (
-        Decoders(plan.decoders(len(rows)), plan.decoding) as decoders,
+        decoders_for(plan.decoders(len(rows)), plan.decoding, plan.device) as decoders,
         deterministic(plan.deterministic),
         Streams(plan.backbone, plan.device, plan.work, plan.engine) as streams,
-        ThreadPoolExecutor(1, "bbx-write", initializer=torch.set_num_threads, initargs=(1,)) as writer,
+        Writing(sink, streams.depth + _BEHIND, report) as writing,
     ):
-        writes: deque[Future[_Written]] = deque()
-        left = len(rows)
         started = time.perf_counter()
-
-        def report(written: _Written) -> None:
-            _count(summary, written)
-            summary.wall = time.perf_counter() - started
-            if progress:
-                progress(summary)
-
         try:
             for batch in _decoded(plan, rows, decoders, ahead=streams.depth + _AHEAD):
                 good, bad = batch.collect(summary)
                 if bad and on_error == "fail":
                     key = plan.images.keys[bad[0].row]
                     raise ImageError(f"{key}: {bad[0].reason}", "leave --on-error fail out to record it and go on")
-                computed = streams.submit(*batch.pixels(good, padded=plan.padded)) if len(good) else None
-                for one in bad:
-                    summary.add_failure(plan.images.keys[one.row], one.reason)
-                writes.append(writer.submit(_write, sink, batch, good, computed, bad))
-                while len(writes) > streams.depth + _BEHIND:
-                    report(writes.popleft().result())
+                computing = streams.submit(*batch.pixels(good, padded=plan.padded)) if len(good) else None
+                writing.add(Job(batch.rows[good], batch.inputs(good), computing, bad))
                 left -= len(batch.rows)
                 if left and (signum := stop and stop()):
+                    writing.drop()
+                    raise _interrupted(plan, signum)
+            while len(writing):
+                writing.next()
+                if (signum := stop and stop()) and writing.drop():
                     raise _interrupted(plan, signum)
         finally:
-            while writes:
-                report(writes.popleft().result())
+            summary.notes += decoders.notes
 
 
-def _count(summary: Summary, written: _Written) -> None:
+def _count(summary: Summary, written: Written, keys: Sequence[str]) -> None:
     summary.done, summary.extracted = summary.done + written.done, summary.extracted + written.done
     summary.write += written.seconds
+    for one in written.bad:
+        summary.add_failure(keys[one.row], one.reason)
     if written.computed is not None:
         summary.compute += written.computed.seconds
         summary.notes += written.computed.notes
@@ -167,7 +143,7 @@ class _Batch:
 def _decoded(plan: Plan, rows: NDArray[np.int64], decoders: Decoders, *, ahead: int) -> Iterator[_Batch]:
     """Batches in row order, each handed out as soon as it was submitted and `ahead` more were."""
     waiting: deque[_Batch] = deque()
-    for chunk in _chunks(rows, plan.batch_size, aligned=plan.deterministic or not plan.retry_failed):
+    for chunk in _chunks(rows, plan.batch_size, _ends(plan)):
         # Padded: each row at its own place of a whole batch, whatever became of its neighbours.
         slots = chunk % plan.batch_size if plan.deterministic else np.arange(len(chunk))
         buffer = _buffer(plan, plan.batch_size if plan.padded else len(chunk))
@@ -189,48 +165,31 @@ def _buffer(plan: Plan, count: int) -> NDArray[Any]:
     return torch.zeros(shape, dtype=kind, pin_memory=True).numpy()
 
 
-def _chunks(rows: NDArray[np.int64], size: int, *, aligned: bool) -> Iterator[NDArray[np.int64]]:
-    """`rows`, ascending, `size` at a time; `aligned`: cut where row numbers are multiples of `size`.
+def _ends(plan: Plan) -> Callable[[int], int] | None:
+    """Where a batch ends, by any of its rows; None where rows are few and scattered.
 
-    A run that is resumed then computes the batches that an uninterrupted one would have.
+    A run that is resumed computes the batches that an uninterrupted one would have. What is left for the last round of
+    the streams, they share, lest most of them be idle; unless batches keep their shape.
     """
+    size, total = plan.batch_size, len(plan.images)
+    if plan.retry_failed and not plan.deterministic:
+        return None
+    return partial(_end, size=size, total=total, streams=1 if plan.padded else plan.engine.streams)
+
+
+def _end(row: int, *, size: int, total: int, streams: int) -> int:
+    """The row before which the batch of `row` ends: `streams` compute `total` rows, `size` at a time."""
+    rounds = total - total % (size * streams)
+    start, count = (0, size) if row < rounds else (rounds, -(-(total - rounds) // streams))
+    return start + ((row - start) // count + 1) * count
+
+
+def _chunks(rows: NDArray[np.int64], size: int, end: Callable[[int], int] | None = None) -> Iterator[NDArray[np.int64]]:
+    """`rows`, ascending, `size` at a time, or fewer where `end` of the first says so."""
     start = 0
     while start < len(rows):
         stop = start + size
-        if aligned:
-            stop = start + int(np.searchsorted(rows[start:stop], (rows[start] // size + 1) * size))
+        if end:
+            stop = start + int(np.searchsorted(rows[start:stop], end(int(rows[start]))))
         yield rows[start:stop]
         start = min(stop, len(rows))
-
-
-@contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Has torch choose only algorithms that give the same bits each time."""
-    if not wanted:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
-
-
-def _write(
-    sink: Sink, batch: _Batch, good: NDArray[np.int64], computing: Future[Computed] | None, bad: list[Bad]
-) -> _Written:
-    computed = computing.result() if computing else None
-    if computed:
-        computed.wait()
-    started = time.perf_counter()
-    if computed:
-        arrays = {name: tensor.contiguous().numpy() for name, tensor in computed.maps.items()}
-        sink.write(batch.rows[good], arrays, batch.inputs(good))
-        computed.maps.clear()
-    for one in bad:
-        sink.fail(one.row, one.reason, one.file)
-    return _Written(len(good), computed, time.perf_counter() - started)

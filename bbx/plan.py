@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +11,10 @@ from pathlib import Path
 import torch
 
 from bbx.backbone import Backbone
-from bbx.engine import EngineSettings, Work
+from bbx.engine import EngineSettings, Work, usual_threads
 from bbx.errors import EXIT_ALL_FAILED, EXIT_SOME_FAILED, StartError, UsageError
 from bbx.images import DecodeSettings, ImageList
+from bbx.provenance import command_facts
 from bbx.providers.table import EXTRAS
 from bbx.spec import Compress, RunSpec
 from bbx.store import Target, check_room
@@ -169,50 +165,31 @@ def find_device(wish: str) -> torch.device:
     return device
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def free_nbytes(output: Path) -> int:
     """Free bytes on the disk where `output`, or what it is a link to, will lie."""
     return shutil.disk_usage(output.resolve().parent).free
+
+
+def described(device: torch.device) -> str:
+    """`device` and its make, as a start records it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device} ({name})"
 
 
 def attempt(plan: Plan) -> dict[str, object]:
     """Who, where and with what, for the file's provenance."""
     library = plan.run.model.partition(":")[0]
     packages = ("bbx", "torch", "torchvision", "numpy", "pillow", "h5py", *(name for name in EXTRAS if name == library))
-    name = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else platform.machine()
     return {
-        "device": f"{plan.device} ({name})",
+        "device": described(plan.device),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
         **command_facts(),
         "weights": plan.run.weights,
         "roots": [str(Path(root).absolute()) for root in plan.images.roots[:8]],
         "batch_size": plan.batch_size,
         "workers": plan.workers,
-        "threads": torch.get_num_threads(),
+        "threads": usual_threads(),
+        "stream_threads": plan.engine.threads,
         "engine": plan.engine.describe(),
         "deterministic": plan.deterministic,
     }
-
-
-def command_facts() -> dict[str, object]:
-    """What was typed, where, and with which bbx."""
-    return {"command": shlex.join(sys.argv), "cwd": str(Path.cwd()), "revision": revision()}
-
-
-def revision() -> str | None:
-    """The git commit of this bbx, where it was installed from git or runs in a checkout, with `-dirty` if changed."""
-    try:
-        origin = json.loads(metadata.distribution("bbx").read_text("direct_url.json") or "{}")
-        if commit := origin.get("vcs_info", {}).get("commit_id"):
-            return str(commit)
-        root = Path(__file__).parent.parent
-        if not (root / ".git").exists():
-            return None
-        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--match="]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, ValueError, AttributeError, metadata.PackageNotFoundError, subprocess.SubprocessError):
-        return None  # provenance is told where it is known, and never ends a run

@@ -14,7 +14,8 @@ from bbx.console import grid_of, note, open_console, plain, shape_text, table
 if TYPE_CHECKING:
     from bbx.diff import Difference
     from bbx.export import Exported
-    from bbx.store import Merged
+    from bbx.store.merge import Merged
+    from bbx.store.sources import Names
     from bbx.verify import Verdict
 
 _SHOWN = 10
@@ -124,7 +125,6 @@ def difference(result: Difference, *, quiet: bool = False) -> None:
 
 def merged(result: Merged) -> None:
     """`bbx merge`, on stderr."""
-    from bbx.store import Names
 
     def told(word: str, names: Names) -> None:
         if names.count:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from bbx.backbone import Backbone, normalise
+from bbx.bits import same_bits
 from bbx.engine import EngineSettings, Work, choose, grow, kept_memory
+from bbx.engine import deterministic as only_deterministic
 from bbx.errors import ImageError, UsageError
-from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, decode_one, find_images, read_image
+from bbx.gpu_decode import can_decode, check_device, decoders_for
+from bbx.gpu_decode import check as check_decode
+from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, cell_dtype, find_images, read_image
 from bbx.images.decoders import TIMEOUT
 from bbx.loop import Progress, run_loop
-from bbx.plan import Plan, Summary, attempt, cores, find_device, free_nbytes
+from bbx.machine import cores
+from bbx.plan import Plan, Summary, attempt, find_device, free_nbytes
 from bbx.rates import LONG, measured
 from bbx.rebuild import Request, check_weights, config_of, images_of, options_of
 from bbx.skip import skip_held
@@ -105,14 +110,17 @@ def extract(
     `select_stages` (default: the last), `layers` any module paths or globs. `weights`: `auto` (the default), `random`
     (by `seed`, default 0), a file, or the library's name for some.
     `size` (pixels, or (height, width)), `resize_mode` and `exif` override the weights' own preprocessing.
-    `decode`: `exact`, the pixels of the weights' own library (the default), or `fast`, nearly the same for less.
+    `decode`: `exact`, the pixels of the weights' own library (the default), or `fast`, nearly the same for less, or
+    `gpu`, nearly the same by the CUDA device's decoder, with `exact` for all that is no plain baseline JPEG: in this
+    process, where a picture that crashes nvJPEG ends the run, and no `image_timeout` reaches it.
     `norm`: `raw` maps (the default), or `native`, what the library's own backbone class gives; `tokens`: a plain ViT's
     stages as `(t, d)`, prefix tokens kept.
     `dtype` is on disk, `precision` in computing, both float32 by default; `pool` stores `(c,)` per stage instead of
     `(c, h, w)`.
     `like`, a feature file, says all of the above where the call does not; without `images`, its images are meant.
     `skip_in`, a feature file: only the images that it does not hold, or holds in an older version.
-    `batch_size`: images at once, default 8 on a CPU and 64 elsewhere, `auto` measures what is best; `workers`: decoding
+    `batch_size`: images in a batch, default 8 on a CPU and 64 elsewhere, `auto` measures what is best; a CPU computes a
+    batch per thread at once, of 8 at most and 64 images in all. `workers`: decoding
     processes, default the cores; `engine`: `compile` has torch.compile make code for the network, where the job is long
     enough to pay for it;
     `channels_last`: whether maps are so laid out in memory while computing.
@@ -129,8 +137,9 @@ def extract(
     """
     wishes = {
         "model": model, "config": config_of(config), "stages": stages, "layers": layers, "weights": weights,
-        "seed": seed, "size": (size, size) if isinstance(size, int) else size, "resize_mode": resize_mode, "exif": exif,
-        "decode": decode, "norm": norm, "tokens": tokens, "dtype": dtype, "precision": precision, "pool": pool,
+        "seed": None if seed is None else _whole("seed", seed), "size": _sides(size), "resize_mode": resize_mode,
+        "exif": exif, "decode": decode, "norm": norm, "tokens": tokens, "dtype": dtype, "precision": precision,
+        "pool": pool,
     }  # fmt: skip
     given = {name: value for name, value in wishes.items() if value is not None}
     _check_batch_size(batch_size, deterministic=deterministic)
@@ -140,12 +149,16 @@ def extract(
     if retry_failed and images is None and like is None and not given:
         like = output  # nothing but the file itself says what it is to be like
     where = find_device(device)
+    if deterministic and where.type == "cuda":  # what torch asks for, where older ones look once, at the first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     run_like, options = _options(given, like)
+    _check_decode(options["decode"], where, deterministic=deterministic)
     found = _images(images, like, skip_in, stdin)  # before the weights, which may be a download
     request = Request(**{name: options[name] for name in Request.__slots__})
     backbone = request.build(options["stages"], options["layers"])
     if run_like is not None:
         backbone = _as_recorded(backbone, run_like, set(given))
+    check_decode(backbone.preprocess, where)
     backbone = backbone.to(where, precision=options["precision"])
     run = run_of(backbone, dtype=options["dtype"], pool=options["pool"], source=request.to_json())
     path = Path(output)
@@ -171,8 +184,10 @@ def extract(
         compress=compress,
         notes=tuple(note for note in (how.why, said) if note),
     )  # fmt: skip
+    plan = replace(plan, notes=(*plan.notes, *same_bits(plan)))
     if target.pending >= (1 if dry_run else LONG) and plan.needed_nbytes <= plan.free_nbytes:
-        plan = measured(plan)
+        with only_deterministic(deterministic):  # whose algorithms are slower
+            plan = measured(plan)
     if on_plan:
         on_plan(plan)
     plan.check_disk()
@@ -283,11 +298,29 @@ def _as_recorded(backbone: Backbone, run: RunSpec, given: set[str]) -> Backbone:
     return backbone if given & _INPUT else replace(backbone, preprocess=run.preprocess)
 
 
+def _whole(name: str, value: Any) -> int:
+    """Any kind of whole number as Python's own. Raises `UsageError`."""
+    if not isinstance(value, Integral):
+        raise UsageError(f"--{name} cannot be {value!r}", "a whole number")
+    return int(value)
+
+
+def _sides(size: Any) -> tuple[int, int] | None:
+    """`224` or `(height, width)` as the latter. Raises `UsageError`."""
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    if size is None:
+        return None
+    if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+        raise UsageError(f"--size cannot be {size!r}", "whole pixels: 224, or (height, width)")
+    return int(sides[0]), int(sides[1])
+
+
 def _check_numbers(**options: float | None) -> None:
-    """Raises `UsageError` for a number that is not above zero."""
+    """Raises `UsageError` for what is no number above zero."""
     for name, value in options.items():
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name.replace('_', '-')} cannot be {value}", "leave it out for the default")
+        kind = Integral if name in ("workers", "max_pixels") else Real
+        if value is not None and not (isinstance(value, kind) and float(value) > 0):
+            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}", "leave it out for the default")
 
 
 def _check_batch_size(value: Any, *, deterministic: bool) -> None:
@@ -299,6 +332,18 @@ def _check_batch_size(value: Any, *, deterministic: bool) -> None:
         )
     if value not in (None, "auto") and not (isinstance(value, Integral) and int(value) > 0):
         raise UsageError(f"--batch-size cannot be {value}", "a whole number from 1 on, or auto, which measures")
+
+
+def _check_decode(decode: Decode, device: torch.device, *, deterministic: bool) -> None:
+    """Raises `UsageError` where the GPU is to decode and cannot, or may not."""
+    if decode != "gpu":
+        return
+    check_device(device)
+    if deterministic:
+        raise UsageError(
+            "--deterministic does not go with --decode gpu, where a picture that finds no GPU memory is the CPU's",
+            "--decode fast gives the same bits each time, and so does exact, the default",
+        )
 
 
 def _check_words(options: Mapping[str, Any]) -> None:
@@ -318,10 +363,12 @@ def features(backbone: Backbone, path: str | os.PathLike[str]) -> tuple[NDArray[
 
     Raises `ImageError`.
     """
-    cells = decode_one(path, backbone.preprocess)
-    if isinstance(cells, str):
-        raise ImageError(cells)
     device = next(backbone.network.parameters(), torch.empty(0)).device
+    cells = np.zeros((*backbone.preprocess.size, 3), cell_dtype(backbone.preprocess))
+    decoding = DecodeSettings(backbone.preprocess, digest=False)
+    with decoders_for(1, decoding, device if can_decode(device) else find_device("auto")) as decoders:
+        if reason := decoders.submit(os.fspath(path), cells).result().reason:
+            raise ImageError(reason)
     with torch.inference_mode():
         maps = backbone(normalise(torch.from_numpy(cells)[None].to(device), backbone.preprocess))
     picture = cells if cells.dtype == np.uint8 else read_image(path, replace(backbone.preprocess, processor=""))

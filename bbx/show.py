@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +38,18 @@ _NOT_DRAWN = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".eps",
 
 @dataclass(frozen=True)
 class Subject:
-    """One image with its maps: `maps[stage]` `(c, h, w)`, `picture` `(h, w, 3)` uint8 as the network saw it."""
+    """One image with its maps: `maps[stage]` `(c, h, w)`, and `read`, which gives its picture or None."""
 
     key: str
     row: int
     maps: dict[str, NDArray[Any]]
     strides: dict[str, float]
-    picture: NDArray[np.uint8] | None
+    read: Callable[[], NDArray[np.uint8] | None]
+
+    @cached_property
+    def picture(self) -> NDArray[np.uint8] | None:
+        """`(h, w, 3)` uint8 as the network saw it; read when asked for, since a grid alone does not show it."""
+        return self.read()
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ def from_file(
 
     `root` is the folder that the keys are relative to, for drawing the pictures themselves. Without it the recorded
     folder is used if it lies in the current folder or beside the file, for paths in a file are not to be trusted.
-    `tell` hears what is left out. Raises `UsageError` for an unknown key or stage, `FileError` for a bad file.
+    `tell` hears what is left out (a picture: once it is asked for). Raises `UsageError` for an unknown key or stage,
+    `FileError` for a bad file.
     """
     tell = tell or (lambda _: None)
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"):
@@ -79,11 +86,10 @@ def from_file(
         find = locate(file, root)
         for row in rows:
             file.check_row(row, names)
-            picture = _picture(find(row), file.run.preprocess)
-            if picture is None and row == rows[0]:
-                tell(f"the picture of {file.keys[row]} is not drawn: name its folder with --root")
-            maps = {name: file[name][row] for name in names}
-            yield Subject(file.keys[row], row, maps, {name: file.stages[name].stride for name in names}, picture)
+            key, maps = file.keys[row], {name: file[name][row] for name in names}
+            warn = partial(tell, f"the picture of {key} is not drawn: name its folder with --root")
+            read = partial(_picture, find(row), file.run.preprocess, warn if row == rows[0] else None)
+            yield Subject(key, row, maps, {name: file.stages[name].stride for name in names}, read)
 
 
 def from_image(path: str | os.PathLike[str], backbone: Backbone) -> Iterator[Subject]:
@@ -94,7 +100,8 @@ def from_image(path: str | os.PathLike[str], backbone: Backbone) -> Iterator[Sub
         picture, maps = features(backbone, path)
     except ImageError as error:
         raise StartError(f"{path}: {error.message}", "name an image, or a feature file without --model") from None
-    yield Subject(Path(path).name, 0, maps, {stage.name: stage.stride for stage in backbone.stages}, picture)
+    strides = {stage.name: stage.stride for stage in backbone.stages}
+    yield Subject(Path(path).name, 0, maps, strides, lambda: picture)
 
 
 def draw(subjects: Iterable[Subject], look: Look) -> Iterator[tuple[Subject, str, Figure]]:
@@ -209,14 +216,18 @@ def _rows(file: FeatureFile, images: Sequence[str], tell: Callable[[str], None])
     return list(rows)
 
 
-def _picture(path: Path | None, preprocess: Preprocess) -> NDArray[np.uint8] | None:
-    if path is None:
-        return None
-    from bbx.images import decode_one
+def _picture(path: Path | None, preprocess: Preprocess, warn: Callable[[], None] | None) -> NDArray[np.uint8] | None:
+    """What is at `path`, as the network saw it; `warn` is called where that is no picture, or none any more."""
+    if path is not None:
+        from bbx.images import decode_one
 
-    # By bbx's own resize: drawing needs neither transformers' image processor nor torch.
-    decoded = decode_one(path, replace(preprocess, processor=""))
-    return decoded if isinstance(decoded, np.ndarray) else None  # changed since: the features are worth drawing
+        # By bbx's own resize: drawing needs neither transformers' image processor nor torch.
+        decoded = decode_one(path, replace(preprocess, processor=""))
+        if isinstance(decoded, np.ndarray):
+            return decoded
+    if warn is not None:
+        warn()
+    return None  # the features are worth drawing without it
 
 
 def _file_name(subject: Subject) -> str:

@@ -17,7 +17,7 @@ from bbx.errors import FileError, UsageError, nearest
 
 ResizeMode = Literal["crop", "squash", "pad"]
 ExifMode = Literal["apply", "ignore"]
-Decode = Literal["exact", "fast"]
+Decode = Literal["exact", "fast", "gpu"]
 Dtype = Literal["float32", "float16"]
 Precision = Literal["float32", "tf32", "bf16", "fp16"]
 Pool = Literal["none", "avg", "max"]
@@ -130,7 +130,8 @@ class Preprocess:
     `processor`: where it is not empty, the JSON text of the transformers image processor that does all but the
     orientation; the numbers then only describe it.
     `decode`: `exact`, the pixels of the weights' own library, or `fast`, nearly the same for less: a JPEG decoded at a
-    fraction, only what the input shows scaled (`bbx.images.fit`).
+    fraction, only what the input shows scaled (`bbx.images.fit`); or `gpu`, nearly the same by the CUDA device's own
+    decoder (`bbx.gpu_decode`).
     """
 
     size: tuple[int, int]

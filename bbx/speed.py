@@ -43,14 +43,14 @@ def bench(result: Bench) -> None:
         shown.add_row(plain(what), plain(rate_text(rate)), plain(remark))
     console.print(shown)
     sizes = ", ".join(f"{one.batch_size}: {rate_text(one.rate)}" for one in result.batches)
-    saved = f"{result.early_exit:.0%} of the whole network's time"
+    used = f"these stages take {result.early_exit:.0%} of the whole network's time"
     store = f"{result.store_share:.0%} of plain writing ({size_text(result.raw_nbytes)}/s)"
     end = f"{result.share:.0%} of the limit, {rates.limit}"
     if rates.cores is not None:
         end += f"; {result.expected_share:.0%} of what shared cores allow, {rate_text(rates.expected)}"
     findings = [
         ("batch sizes", f"{sizes}; {result.batches_why}"),
-        ("early exit", saved),
+        ("early exit", used),
         ("store", store),
         ("end to end", end),
         ("best", f"{result.best_engine}, batches of {result.best_batch_size}"),
@@ -65,6 +65,8 @@ def _rows(result: Bench) -> Iterator[tuple[str, float, str]]:
     rates = result.rates
     yield "decode", rates.decode, "exact, the default"
     yield "decode", result.decode_fast, "--decode fast"
+    if result.decode_gpu is not None:
+        yield "decode", result.decode_gpu, "--decode gpu"
     yield "forward", rates.compute, "as bbx extract runs it"
     yield "forward", result.plain, "plain eager, one stream"
     if result.compiled is not None:

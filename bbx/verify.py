@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bbx.changes import changed, changes, no_gpu
 from bbx.diff import TOLERANCE, relative_errors
 from bbx.errors import EXIT_SOME_FAILED, StartError, UsageError
 from bbx.images import MAX_PIXELS, Decoders, DecodeSettings, cell_dtype
 from bbx.images.decoders import TIMEOUT
 from bbx.pictures import Locate, locate, roots
-from bbx.spec import InputFile, Precision
+from bbx.spec import Precision
 from bbx.store import FeatureFile
 from bbx.store.check import Health, Progress, check_file, read_checked
 
@@ -37,7 +36,7 @@ Outcome = Literal["equal", "differs", "missing", "unreadable"]
 _FLOAT16 = 2.0**-10
 # The latter between a CPU in float32 and an H100, over seven networks: 5e-3, 3e-2 and 2e-1 at most (float32: 7e-6).
 ROUNDING: dict[Precision, float] = {"float32": 0.0, "tf32": 2.0**-7, "fp16": 2.0**-4, "bf16": 2.0**-2}
-_PACKAGES = ("bbx", "torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+_LEFT_TO_CPU = "the GPU's decoder may have left this picture to the CPU, then or now"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +111,7 @@ def verify(
     with FeatureFile(path, partial=not Path(path).exists()) as file:
         if not roots(file, root):
             raise StartError(f"the pictures of {path} cannot be found", "name their folder with --root FOLDER")
+        _check_decode(file, device, tolerance)
         # Before the check, which may take long: what cannot be recomputed is said at once.
         backbone = _backbone(file, weights, device)
         health = check_file(path, progress=progress)
@@ -124,13 +124,25 @@ def verify(
             found.append(row)
             if on_row:
                 on_row(row)
-        return Verdict(health, tuple(found), limit, tuple(_changes(file, device=_device_of(backbone))))
+        return Verdict(health, tuple(found), limit, tuple(changes(file, device=_device_of(backbone))))
 
 
 def _chosen(file: FeatureFile, count: int, seed: int) -> list[int]:
     done = file.done
     places = random.Random(seed).sample(range(len(done)), min(count, len(done)))
     return [int(done[place]) for place in sorted(places)]
+
+
+def _check_decode(file: FeatureFile, device: str, tolerance: float | None) -> None:
+    """Raises `StartError` where a GPU decoded the pictures and none does here, unless the user says what to allow."""
+    from bbx.plan import find_device
+
+    why = no_gpu(file.run.preprocess, str(find_device(device)))
+    if why and tolerance is None:
+        raise StartError(
+            f"a GPU decoded the pictures of {file.path}, and to other pixels than any CPU: {why}",
+            "recompute on such a GPU, or say what may differ: with --tolerance 0.1 the CPU decodes them, exactly",
+        )
 
 
 def _backbone(file: FeatureFile, weights: str | None, device: str) -> Backbone:
@@ -155,7 +167,7 @@ class _Again:
 
     def rows(self, rows: Sequence[int]) -> Iterator[Recomputed]:
         """Each row, as it is done."""
-        with Decoders(1, self._decoding) as decoders:
+        with _decoders(self._decoding, _device_of(self._backbone)) as decoders:
             for row in rows:
                 yield self._row(row, decoders)
 
@@ -165,12 +177,15 @@ class _Again:
             return Recomputed(row, key, "missing", {}, ("the picture is not there any more",))
         pixels = np.zeros((1, *self._file.run.preprocess.size, 3), cell_dtype(self._file.run.preprocess))
         answer = decoders.submit(os.fspath(path), pixels[0]).result()
-        changed = _changed(self._file.inputs([row])[0], answer.file)
+        since = changed(self._file.inputs([row])[0], answer.file)
         if answer.reason:
-            return Recomputed(row, key, "unreadable", {}, (answer.reason, *changed))
+            return Recomputed(row, key, "unreadable", {}, (answer.reason, *since))
         errors, damaged = self._compare(row, self._maps(pixels))
-        equal = all(error <= self._limit for error in errors.values())
-        return Recomputed(row, key, "equal" if equal else "differs", errors, (*damaged, *changed))
+        if all(error <= self._limit for error in errors.values()):
+            return Recomputed(row, key, "equal", errors, (*damaged, *since))
+        gpu = self._file.run.preprocess.decode == "gpu"
+        why = (*damaged, *since, *([_LEFT_TO_CPU] if gpu else []))
+        return Recomputed(row, key, "differs", errors, why)
 
     def _maps(self, pixels: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """`(1, h, w, 3)` → each stage's row as it would be stored, `(1, *shape)`."""
@@ -200,43 +215,17 @@ class _Again:
         return errors, why
 
 
+def _decoders(settings: DecodeSettings, device: str) -> Decoders:
+    """One, as the run had it; without the device for that, whatever decodes exactly."""
+    if settings.preprocess.decode != "gpu" or no_gpu(settings.preprocess, device):
+        return Decoders(1, settings)
+    import torch
+
+    from bbx.gpu_decode import decoders_for
+
+    return decoders_for(1, settings, torch.device(device))
+
+
 def _device_of(backbone: Backbone) -> str:
     parameter = next(backbone.network.parameters(), None)
     return "cpu" if parameter is None else str(parameter.device)
-
-
-def _changed(before: InputFile, now: InputFile) -> tuple[str, ...]:
-    """How a picture's file differs from the one that was read, as far as that is recorded."""
-    if before == InputFile():
-        return ()
-    if before.digest and now.digest:
-        if before.digest == now.digest:
-            return ()
-        return (f"the picture's content changed since: it had {before.nbytes} bytes, and has {now.nbytes}",)
-    if before.nbytes != now.nbytes:
-        return (f"the picture's file changed since: it had {before.nbytes} bytes, and has {now.nbytes}",)
-    if before.mtime_ns != now.mtime_ns:
-        return ("the picture's file was written again since, with the same size",)
-    return ()
-
-
-def _changes(file: FeatureFile, *, device: str) -> Iterator[str]:
-    """What computes now, against what computed at the last start; files are not trusted to say any of it."""
-    last = file.attempts[-1] if file.attempts else {}
-    recorded = last.get("versions")
-    versions: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
-    for name in ("python", *_PACKAGES):
-        if name in versions and versions[name] != (now := _version(name)):
-            yield f"{name} was {str(versions[name])[:40]} and is {now}"
-    before = str(last.get("device", "")).partition(" ")[0]
-    if before and before.partition(":")[0] != device.partition(":")[0]:
-        yield f"the features were computed on {before[:40]}, and now on {device}"
-
-
-def _version(name: str) -> str:
-    if name == "python":
-        return platform.python_version()
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"

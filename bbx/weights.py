@@ -1,4 +1,4 @@
-"""State dicts: read from files that nobody vouches for, checked against a network, digested.
+"""Weights: random by a seed, or state dicts, read from files that nobody vouches for, checked and digested.
 
 Never through pickle: `.safetensors`, or torch's `weights_only=True` for `.pth`.
 """
@@ -12,8 +12,10 @@ import pickle
 import re
 import socket
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,27 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "module")
 """Under what training checkpoints keep the state dict; the first that is there counts."""
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+
+
+_building = threading.RLock()
+
+
+@contextmanager
+def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Has random weights made meanwhile follow from `seed`, in float32 on `device`, whatever the process's defaults.
+
+    One at a time, for torch's generator and default dtype are the whole process's; afterwards they are as they were.
+    """
+    # A mode that torch asks at every call, hence only where it changes something.
+    placed = torch.device(device) if torch.get_default_device() != torch.device(device) else nullcontext()
+    with _building, torch.random.fork_rng(devices=()), placed:
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        torch.default_generator.manual_seed(seed)  # not those of GPUs, which torch.manual_seed would seed, too
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def fetch(url: str, *, name: str, hint: str) -> Path:

@@ -17,6 +17,9 @@ from PIL import Image
 
 import bbx.providers
 
+# A shell that ran the tests in its background has them ignore it, and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # What is installed besides the core. CI runs the suite without them, then with all: there, none may be missing.
 ALL = ("timm", "transformers", "zarr", "pyarrow", "isal")
 EXTRAS = [name for name in ALL if find_spec(name)]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from bbx.backbone import Backbone
-from bbx.engine import Growth, Tried, Work, choose, forward_rate, grow, noise, probe
+from bbx.cli.signals import Signalled
+from bbx.engine import EngineSettings, Growth, Tried, Work, choose, forward_rate, grow, noise, probe, settings
 from bbx.errors import StartError, UsageError
 from bbx.plan import Plan, Rates
 from bbx.providers import load_backbone
+from bbx.rates import shared_rate
 from bbx.runner import extract
 from tests.test_loop import memory_of
 
@@ -111,7 +115,7 @@ def test_a_device_that_cannot_hold_the_first_batch_is_tried_with_smaller_ones(ba
 
 def test_growth_stops_before_the_memory_of_a_machine_is_full(backbone, monkeypatch):
     monkeypatch.setattr(probe, "GAIN", -1.0)
-    monkeypatch.setattr(probe, "_available_nbytes", lambda: -1.0)
+    monkeypatch.setattr(probe, "available_nbytes", lambda: -1.0)
     assert growth_of(backbone).why == "the memory that is free might not hold 2"
 
 
@@ -197,6 +201,51 @@ def test_a_machine_that_refuses_to_be_measured_does_not_stop_the_run(pictures, m
     assert "Disk quota exceeded" in plan.notes[-1]
 
 
+@pytest.fixture
+def measured_with(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineSettings, bool]]:
+    """How each forward was measured for a plan: by which settings, and by deterministic algorithms or not."""
+    seen: list[tuple[EngineSettings, bool]] = []
+
+    def rate(_backbone: object, _device: object, work: Work, settings: EngineSettings) -> Tried:
+        seen.append((settings, torch.are_deterministic_algorithms_enabled()))
+        return Tried(work.batch_size, 50.0)
+
+    monkeypatch.setattr("bbx.rates.forward_rate", rate)
+    return seen
+
+
+def test_a_run_that_compiles_is_measured_with_eager_code_and_its_plan_says_so(pictures, monkeypatch, measured_with):
+    monkeypatch.setattr(settings, "COMPILE_PAYS", {"cpu": 1})
+    plan = plan_of(pictures, engine="compile", device="cpu", dry_run=True)
+    assert plan.engine.engine == "compile"
+    assert [how.engine for how, _ in measured_with] == ["eager"]
+    notes = "\n".join(plan.notes)
+    assert "the first batch waits for the code" in notes
+    assert "was measured with eager code" in notes
+    assert "eager" not in "\n".join(plan_of(pictures, dry_run=True).notes)
+
+
+def test_a_deterministic_run_is_measured_with_deterministic_algorithms(pictures, measured_with):
+    plan_of(pictures, dry_run=True, deterministic=True)
+    plan_of(pictures, dry_run=True)
+    assert [deterministic for _, deterministic in measured_with] == [True, False]
+
+
+def test_a_core_that_poses_as_two_is_one_to_torch(monkeypatch):
+    monkeypatch.setattr("bbx.rates.cores", lambda: 16)
+    monkeypatch.setattr("bbx.rates.real_cores", lambda: 8)
+    eight = EngineSettings(streams=8)
+    assert shared_rate(CPU, eight, decode=100, workers=16, compute=50) == pytest.approx(1 / (1 / 100 + 1 / 50))
+    assert shared_rate(CPU, eight, decode=100, workers=8, compute=50) == pytest.approx(1 / (0.5 / 100 + 1 / 50))
+    assert shared_rate(torch.device("cuda"), eight, decode=100, workers=8, compute=50) is None
+
+
+def test_the_time_of_packing_is_not_in_the_estimate_and_the_plan_says_so(bbx_cli, pictures):
+    packed = bbx_cli("extract", "--dry-run", "--model", "toy", "--compress", "gzip", pictures)
+    assert "for 7 images, and then the packing by gzip" in " ".join(packed.err.split())
+    assert "and then the" not in bbx_cli("extract", "--dry-run", "--model", "toy", pictures).err
+
+
 @pytest.mark.parametrize(
     ("rates", "limit", "expected"),
     [
@@ -256,13 +305,25 @@ def test_the_command_that_bench_ends_with_runs(bbx_cli, pictures, tmp_path):
     assert (again.code, json.loads(again.out)["done"]) == (4, 6)
 
 
-def test_bench_of_unreadable_images_still_measures(bbx_cli, tmp_path):
+def test_the_command_has_the_weights_that_were_asked_for(bbx_cli, tmp_path):
+    ran = bbx_cli("bench", "toy", "--weights", "random")
+    assert ran.code == 0, ran.err
+    assert " --weights random " in ran.out.splitlines()[-1]
+
+
+def test_bench_tells_of_unreadable_images_and_measures_the_others(bbx_cli, tmp_path, picture):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     ran = bbx_cli("bench", "toy", "bad", "--json")
-    assert ran.code == 0, ran.err
-    assert is_rate(json.loads(ran.out)["end_to_end"])
+    assert ran.code == 3
+    assert "not one image can be read" in ran.err
     assert files_below(tmp_path) == ["bad", "bad/1.png"]
+    picture(tmp_path / "bad" / "2.png")
+    ran = bbx_cli("bench", "toy", "bad", "--json")
+    assert ran.code == 0, ran.err
+    facts = json.loads(ran.out)
+    assert is_rate(facts["end_to_end"])
+    assert any("images cannot be read, and are in the rates" in note for note in facts["notes"])
 
 
 def test_bench_says_what_is_wrong_and_leaves_nothing(bbx_cli, tmp_path):
@@ -270,6 +331,87 @@ def test_bench_says_what_is_wrong_and_leaves_nothing(bbx_cli, tmp_path):
     assert bbx_cli("bench", "toy", "nowhere").code in (2, 3)
     assert bbx_cli("bench", "toy", "--batch-size", "0").code == 2
     assert files_below(tmp_path) == []
+
+
+@pytest.fixture
+def decoding(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has decoding and the end of a bench measured in no time; gives how many processes decoded."""
+    seen: list[int] = []
+
+    def rate(_paths: object, _settings: object, workers: int, *, device: object) -> float:
+        seen.append(workers)
+        return 100.0
+
+    monkeypatch.setattr("bbx.rates.decode_rate", rate)
+    monkeypatch.setattr("bbx.bench.measure.decode_rate", rate)
+    monkeypatch.setattr("bbx.bench.measure._end_to_end", lambda *_: (10.0, 64, []))
+    return seen
+
+
+def test_bench_measures_the_engine_of_a_long_job(bbx_cli, decoding):
+    facts = json.loads(bbx_cli("bench", "toy", "--json", "--workers", 12, "--batch-size", 96).out)
+    assert set(decoding) == {12}
+    assert facts["batch_size"] == 96
+
+
+def test_bench_needs_no_disk_for_a_long_job(bbx_cli, tmp_path, monkeypatch, decoding):
+    def full(_path: Path, needed: int) -> None:
+        if needed > 1_000_000:
+            raise StartError("the disk is full")
+
+    monkeypatch.setattr("bbx.plan.check_room", full)
+    monkeypatch.setattr("bbx.runner.free_nbytes", lambda _path: 1_000_000)
+    ran = bbx_cli("bench", "toy", "--stages", "all", "--json")
+    assert ran.code == 0, ran.err
+    assert is_rate(json.loads(ran.out)["rates"]["decode"])
+    assert files_below(tmp_path) == []
+
+
+def test_a_folder_that_may_not_be_written_to_is_named(bbx_cli, tmp_path, monkeypatch):
+    def refused(*_args: object, **_options: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refused)
+    ran = bbx_cli("bench", "toy", "--json")
+    facts = json.loads(ran.out)
+    assert ran.code == 3
+    assert facts["error"] == f"no folder for the measurement can be made in {tmp_path}: Permission denied"
+    assert "cd to one" in facts["hint"]
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from bbx.bench.folder import own_folder
+with own_folder(Path()) as folder:
+    (folder / "links").mkdir()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_bench_left_is_removed_by_the_next_and_no_more(tmp_path):
+    from bbx.bench.folder import own_folder
+
+    (tmp_path / ".bbx-bench-mine").mkdir()
+    with own_folder(tmp_path) as held:
+        subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, check=False, capture_output=True)
+        assert len(files_below(tmp_path)) == 6  # three folders, two locks, and the links of the one killed
+        with own_folder(tmp_path) as own:
+            assert sorted(tmp_path.iterdir()) == sorted([held, own, tmp_path / ".bbx-bench-mine"])
+        assert files_below(held) == ["lock"]
+    assert files_below(tmp_path) == [".bbx-bench-mine"]
+
+
+def test_a_bench_that_is_stopped_begins_again_and_a_run_goes_on(bbx_cli, pictures, monkeypatch):
+    def stopped(*_args: object, **_options: object) -> None:
+        raise Signalled(2)
+
+    monkeypatch.setattr("bbx.bench.bench", stopped)
+    monkeypatch.setattr("bbx.runner.find_images", stopped)
+    bench, extraction = bbx_cli("bench", "toy"), bbx_cli("extract", "--model", "toy", pictures)
+    assert bench.code == extraction.code == 130
+    assert "the same command starts again" in bench.err
+    assert "the same command starts or continues it" in extraction.err
 
 
 def test_made_pictures_are_the_same_each_time_and_never_blank(tmp_path):

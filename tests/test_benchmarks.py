@@ -2,19 +2,24 @@
 
 import io
 import sys
+from datetime import date
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import bbx
-from tests.benchmarks import measure, numerics, pictures
+from bbx.images import decode_one
+from tests.benchmarks import compare, measure, numerics, pictures
+from tests.benchmarks.__main__ import added
+from tests.benchmarks.compare import Contestant
 from tests.benchmarks.jobs import JOBS, Job
 from tests.benchmarks.measure import RunError, Taken
 from tests.benchmarks.pieces import NullSink, forward, keywords, past_deepest, plan_of, rows
-from tests.benchmarks.report import FLOORS, MARKS, Row, draw, write_readme
-from tests.benchmarks.rivals import RIVALS
+from tests.benchmarks.report import FLOORS, HELD, MARKS, Row, draw, write_json, write_readme
+from tests.benchmarks.rivals import RIVALS, Rival
 from tests.benchmarks.rivals.task import Task
 from tests.benchmarks.settings import Settings
 
@@ -45,6 +50,33 @@ def test_a_rival_gives_what_bbx_gives(name, folder, tmp_path):
             theirs, ours = rival.read(tmp_path / "theirs", "B", stage, order), file[stage, order]
             assert (theirs.dtype, theirs.shape) == (ours.dtype, ours.shape)
             assert np.abs(theirs - ours).max() <= TOLERANCE.get(name, 1e-5) * np.abs(ours).max()
+
+
+def test_forms_that_come_to_the_same_are_one(monkeypatch):
+    monkeypatch.setattr(compare, "RIVALS", [Rival("loop", needs="torch", keeps="", docs_workers=2)])
+    both = list(compare._rivals(JOBS["A"], Settings(Path()), batch=8, workers=2))
+    assert [(one.forms, one.batch_size) for one in both] == [(("docs", "equal"), 32), (("tuned",), 8)]
+    assert both[0].label == "loop docs = equal (batch 32, 2 decoders)"
+
+
+def test_all_that_take_part_compute_on_the_device_asked_for(monkeypatch):
+    pair = [Rival("loop", needs="torch", keeps="", moves=True), Rival("still", needs="torch", keeps="")]
+    monkeypatch.setattr(compare, "RIVALS", pair)
+    settings = Settings(Path(), device="cuda:1")
+    both = [Contestant("bbx"), *compare._rivals(JOBS["A"], settings, batch=8, workers=2)]
+    assert {one.name for one in both} == {"bbx", "loop"}
+    for one in both:
+        words = one.command(JOBS["A"], Path("images"), Path("out"), settings)
+        assert words[words.index("--device") + 1] == "cuda:1"
+    assert any("not on cuda:1" in row.value for row in compare._absent(JOBS["A"], settings) if "still" in row.measure)
+
+
+def test_a_ratio_is_taken_only_from_what_was_timed_often():
+    own, docs = Contestant("bbx"), Contestant("autobackbone", ("docs",), 32, 0)
+    equal = [Contestant(f"rival{place}", ("equal",), 32, 2) for place in range(3)]
+    seconds = dict(zip([own, docs, *equal], (99.0, 99.0, 10.0, 12.0, 13.0), strict=True))
+    entered = {one: (Taken(taken, taken, taken, 0, 0), 0.0) for one, taken in seconds.items()}
+    assert [one for one in entered if compare._is_near(one, entered)] == [own, docs, *equal[:2]]
 
 
 def test_the_pictures_are_the_same_each_time(folder, tmp_path):
@@ -93,6 +125,9 @@ def test_the_forward_alone_runs_the_loop_over_every_row(folder, tmp_path, monkey
     monkeypatch.setattr(NullSink, "write", lambda self, rows, maps, inputs: written.extend(rows.tolist()))
     plan = plan_of(TOY, folder, tmp_path / "none.h5", ("--batch-size", "2"))
     assert plan.batch_size == 2
+    before = decode_one(plan.images.path(0), plan.run.preprocess)
+    monkeypatch.setattr("tests.benchmarks.pieces.decode_one", lambda *_: before)
+    monkeypatch.setattr("bbx.images.decoders.Process", None)  # nothing is decoded
     assert forward(plan)["images"] == 3
     assert written[-3:] == [0, 1, 2]
     assert not (tmp_path / "none.h5").exists()
@@ -130,8 +165,8 @@ def test_a_refused_option_is_an_error_in_the_table(folder, tmp_path, monkeypatch
     monkeypatch.setattr(numerics.measure, "run", run)
     monkeypatch.setattr(Settings, "pictures", folder)
     same, bf16, refused = numerics.numerics(Settings(tmp_path, images=2, jobs=("A",)))
-    assert same.number <= numerics.DEFAULT_TOLERANCE
-    assert numerics.DEFAULT_TOLERANCE < bf16.number < 0.1
+    assert same.verdict == "met"
+    assert same.floor.most < bf16.number < 0.1
     assert refused.verdict == "error"
     assert "--no-such-option" in refused.value
 
@@ -148,18 +183,42 @@ def test_the_table_says_what_is_met():
     lines = shown.getvalue().splitlines()
     assert lines[0].split() == ["measure", "value", "floor", "met"]
     assert lines[1].split()[-4:] == ["0.95", "≥", "0.9", "met"]
-    assert "not installed" in lines[-1]
+    assert "not installed" in lines[len(table)]
+    absent = len(FLOORS) - 2
+    assert all(line.startswith("not measured: ") for line in lines[len(table) + 1 :][:absent])
+    assert [line.partition(":")[0] for line in lines[len(table) + 1 + absent :]] == [
+        row.measure.partition(":")[0] for row in table[:6]
+    ]
+    assert set(HELD) <= set(FLOORS)
+
+
+def test_rows_of_earlier_runs_stand_where_nothing_newer_does_and_say_their_day(tmp_path):
+    old, late = tmp_path / "old.json", tmp_path / "late.json"
+    write_json(old, "a machine · torch 2 · 2001-02-03", [Row("a", "1", 1.0), Row("b", "1"), Row("c", "1", error=True)])
+    write_json(late, f"a machine · {date.today().isoformat()}", [Row("b", "2", 2.0)])
+    told = added([Row("a", "3")], [old, late])
+    assert {row.measure: row for row in told} == {
+        "a": Row("a", "3"), "b": Row("b", "2", 2.0), "c": Row("c", "1 (2001-02-03)", error=True)
+    }  # fmt: skip
 
 
 def test_the_readme_gets_the_rows_that_have_a_floor(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
-    write_readme(path, "a machine", [Row(name, "1", 1.0) for name in FLOORS] + [Row("limit: raw write", "9")])
+    tuned = Row("job B ÷ best rival given equal workers and bbx's batch size", "1.3 ×", 1.3)
+    write_readme(path, "a machine", [tuned, *(Row(name, "1", 1.0) for name in FLOORS), Row("limit: raw write", "9")])
     lines = path.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
-    assert "a machine" in lines
-    assert len([line for line in lines if line.startswith("| ")]) == len(FLOORS) + 1
-    assert len(lines) <= 20
+    assert lines[2:4] == ["| a machine | | floor |", "|---|---|---|"]
+    assert lines[4] == f"| {tuned.measure} | 1.3 × |  |"
+    assert len([line for line in lines if line.startswith("| job")]) == 4
+    assert lines[-3] == (
+        "| start-up: bbx --help, bbx info, bbx show of one grid "
+        "| **missed**: 1 · **missed**: 1 · 1 | ≤ 0.3, ≤ 0.5, ≤ 1.5 |"
+    )
+    assert not any("raw write |" in line for line in lines)
+    write_readme(path, "a machine", [Row(name, "1", 1.0) for name in list(FLOORS)[:-2]])
+    assert f"| **not measured**: {', '.join(list(FLOORS)[-2:])} | | |" in path.read_text()
     path.write_text("none")
     with pytest.raises(ValueError, match="has no"):
         write_readme(path, "", [])

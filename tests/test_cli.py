@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+import bbx
+from bbx.cli.signals import signals
+
 ROOT = Path(__file__).parent.parent
 
 
 def toy_command(*words: object) -> list[str]:
     """The command in a process of its own, with the toy model."""
-    code = "import bbx.providers; bbx.providers.PROVIDERS['toy'] = ('tests.toy',); from bbx.cli import main; main()"
+    code = "import bbx.providers; bbx.providers.PROVIDERS['toy'] = ('tests.toy',); from bbx.__main__ import run; run()"
     return [sys.executable, "-c", code, *map(str, words)]
 
 
@@ -319,8 +323,68 @@ def test_a_full_standard_output_is_an_error_of_one_line(tmp_path):
     with Path("/dev/full").open("w") as full:
         ran = subprocess.run(toy_command("models"), stdout=full, stderr=subprocess.PIPE, text=True, check=False,
                              env=ENVIRONMENT)  # fmt: skip
-    assert ran.returncode != 0
-    assert "internal error" not in ran.stderr
+    assert ran.returncode == 3
+    assert re.fullmatch(r"error: the system refused: .*No space left on device\n  hint: .*\n", ran.stderr)
+
+
+@pytest.mark.parametrize("words", [["models", "--json"], ["info", "none.h5", "--json"]])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stream_that_is_full_costs_no_more_than_what_it_would_have_said(tmp_path, words, stream):
+    with Path("/dev/full").open("w") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
+        ran = subprocess.run(toy_command(*words), **streams, text=True, check=False, env=ENVIRONMENT)
+    assert ran.returncode == (0 if words[0] == "models" and stream == "stderr" else 3)
+    assert "Traceback" not in f"{ran.stdout}{ran.stderr}"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_images_are_read_and_rows_are_whole_whatever_streams_the_caller_closed(pictures, tmp_path, closed):
+    words = shlex.join(toy_command("extract", "--model", "toy", "-q", pictures, "-o", tmp_path / "f.h5"))
+    ran = subprocess.run(f"{words} {closed}", shell=True, check=False, env=ENVIRONMENT)
+    assert ran.returncode == 0
+    with bbx.open(tmp_path / "f.h5") as file:
+        assert len(file.done) == 7
+
+
+@pytest.mark.parametrize("words", [["models"], ["models", "--json"], ["--help"], ["info", "f.h5"]])
+def test_a_reader_that_is_gone_is_told_apart_from_an_error(bbx_cli, pictures, words, tmp_path):
+    assert bbx_cli("extract", "-q", "--model", "toy", pictures, "-o", "f.h5").code == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(toy_command(*words), stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+                         env=ENVIRONMENT, cwd=tmp_path)  # fmt: skip
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+def test_too_little_memory_is_no_defect_of_bbx(bbx_cli, monkeypatch, pictures):
+    def refused(*_args, **_kwargs):
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    monkeypatch.setattr("bbx.runner.extract", refused)
+    ran = bbx_cli("extract", "--model", "toy", pictures)
+    assert ran.code == 3
+    assert "ulimit -v" in ran.err
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop() is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_stream_that_the_caller_has_closed_is_not_missed(stream):
+    words = shlex.join(toy_command("models", "toy", "--json"))
+    ran = subprocess.run(
+        f"{words} {stream}>&-", shell=True, capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_the_help_states_the_librarys_defaults():
@@ -341,3 +405,12 @@ def test_the_help_states_the_librarys_defaults():
     words = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
     stated = {name: str(value) for name, value in words.items() if value not in (False, True, "")}
     assert stated.items() <= shown.items()
+
+
+def test_a_reader_that_is_gone_by_the_last_flush_is_told_apart_too():
+    code = (
+        "import os, sys; r, w = os.pipe(); os.close(r); os.dup2(w, 1); sys.stdout = open(1, 'w', closefd=False);"
+        "sys.stdout.write('kept back'); from bbx.cli import _leave; _leave(SystemExit(0))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert (ran.returncode, ran.stderr) == (141, "")

@@ -140,7 +140,7 @@ def test_older_runs_keep_their_digest_and_a_fast_one_says_so():
     assert exact.differences(fast) == [("preprocess.decode", "exact", "fast")]
     assert FAST.describe() == EXACT.describe() + ", decode fast"
     with pytest.raises(bbx.BbxError, match="unknown decode"):
-        RunSpec.from_json(fast.to_json().replace('"fast"', '"gpu"'))
+        RunSpec.from_json(fast.to_json().replace('"fast"', '"quick"'))
 
 
 def test_the_command_records_repeats_and_recomputes_it(tmp_path, bbx_cli):
@@ -161,8 +161,8 @@ def test_the_command_records_repeats_and_recomputes_it(tmp_path, bbx_cli):
     assert "decode" in refused.err
     assert bbx_cli("show", "in/0.jpg", "--model", "toy", "--decode", "fast", "-o", "drawn").code == 0
     assert bbx_cli("extract", "in", "--model", "toy", "--decode", "quick").code == 2
-    with pytest.raises(UsageError, match="--decode cannot be 'gpu'"):
-        load_backbone("toy", decode="gpu")
+    with pytest.raises(UsageError, match="--decode cannot be 'quick'"):
+        load_backbone("toy", decode="quick")
 
 
 def test_exact_leaves_out_only_what_changes_no_bit():

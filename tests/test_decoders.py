@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from PIL import Image
 
 import bbx
 from bbx.errors import StartError
-from bbx.images import Decoders, DecodeSettings, decoders, read_image
+from bbx.images import Decoders, DecodeSettings, decoders, process, read_image
 from bbx.runner import extract
 from tests.toy import PREPROCESS
 
@@ -73,7 +74,7 @@ REASONS = {
 def fates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoders that obey file names."""
     code = f"import sys, json; sys.path[:] = json.loads(sys.argv[1]); exec({FATES!r})"
-    monkeypatch.setattr(decoders, "_COMMAND", code)
+    monkeypatch.setattr(process, "_COMMAND", code)
 
 
 @pytest.mark.parametrize("fate", REASONS)
@@ -116,8 +117,8 @@ def test_a_slot_without_an_image_is_zero(tmp_path: Path, picture, fates: None) -
 
 
 def test_time_that_a_stopped_process_did_not_have_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = object.__new__(decoders._Process)
-    process._clock, process._busy, process._seconds, process._ready, process.overdue = (
+    one = object.__new__(process.Process)
+    one._clock, one._busy, one._seconds, one._ready, one.overdue = (
         threading.Lock(),
         True,
         0,
@@ -125,17 +126,17 @@ def test_time_that_a_stopped_process_did_not_have_does_not_count(monkeypatch: py
         False,
     )
     killed = []
-    monkeypatch.setattr(process, "kill", lambda: killed.append(True))
+    monkeypatch.setattr(one, "kill", lambda: killed.append(True))
     for _ in range(10):
-        process.tick(2 * decoders._TICK, 6)
+        one.tick(2 * decoders._TICK, 6)
     assert not killed
-    process.tick(2, 6)
+    one.tick(2, 6)
     assert killed
-    assert process.overdue
+    assert one.overdue
 
 
 def test_a_decoder_that_cannot_start_is_no_images_fault(tmp_path: Path, picture, monkeypatch) -> None:
-    monkeypatch.setattr(decoders, "_COMMAND", "raise SystemExit(5)")
+    monkeypatch.setattr(process, "_COMMAND", "raise SystemExit(5)")
     picture(tmp_path / "in" / "a.png")
     with pytest.raises(StartError, match=r"a decoding process ended at once .*exit code 5"):
         extract(tmp_path / "in", model="toy", output=tmp_path / "f.h5")
@@ -193,10 +194,10 @@ def test_no_decoder_outlives_its_run(tmp_path: Path, picture, fates: None, how: 
     picture(tmp_path / "in" / "hang.png")
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-from bbx.images import DecodeSettings, Decoders, decoders
+from bbx.images import DecodeSettings, Decoders, process
 from tests.toy import PREPROCESS
 import numpy as np
-decoders._COMMAND = {decoders._COMMAND!r}
+process._COMMAND = {process._COMMAND!r}
 pool = Decoders(1, DecodeSettings(PREPROCESS))
 pool.submit({str(tmp_path / "in" / "hang.png")!r}, np.zeros((32, 32, 3), np.uint8))
 while not pool._processes or not pool._processes[0]._ready: pass
@@ -219,3 +220,47 @@ def _runs(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
     except OSError:
         return False
+
+
+def test_processes_started_ahead_are_taken_and_the_rest_ended(tmp_path: Path, picture) -> None:
+    slot = np.zeros((32, 32, 3), np.uint8)
+    with process.started_ahead(2):
+        first, second = process._ahead
+        with Decoders(1, DecodeSettings(PREPROCESS)) as pool:
+            assert pool.submit(str(picture(tmp_path / "a.png")), slot).result().reason == ""
+            assert pool._processes == [second]
+            assert process._ahead == [first]
+        assert not second.alive()
+        assert first.alive()
+    assert not first.alive()
+    assert process._ahead == []
+
+
+def test_a_process_that_is_asked_nothing_says_nothing() -> None:
+    command = [sys.executable, "-c", process._COMMAND, json.dumps(sys.path)]
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
+
+
+def test_what_is_no_text_among_pythons_places_is_passed_over(tmp_path: Path, picture, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(process.sys, "path", [tmp_path, *sys.path])
+    picture(tmp_path / "in" / "a.png")
+    assert extract(tmp_path / "in", model="toy", output=tmp_path / "f.h5").done == 1
+
+
+def test_a_python_within_another_program_is_told_what_to_set(tmp_path: Path, picture, monkeypatch) -> None:
+    monkeypatch.setattr(process.sys, "executable", "")
+    picture(tmp_path / "in" / "a.png")
+    with pytest.raises(StartError, match=r"sys\.executable"):
+        extract(tmp_path / "in", model="toy", output=tmp_path / "f.h5")
+
+
+def test_what_cannot_be_started_ahead_is_told_by_whoever_needs_it(monkeypatch) -> None:
+    monkeypatch.setattr(process.sys, "executable", "/nonexistent")
+    with process.started_ahead(2):
+        assert process._ahead == []
+    slot = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(StartError, match="no decoding process can be started"), \
+            Decoders(1, DecodeSettings(PREPROCESS)) as pool:  # fmt: skip
+        pool.submit("a.png", slot).result()

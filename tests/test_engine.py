@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import bbx
-from bbx.backbone import Backbone
-from bbx.engine import EngineSettings, choose, settings
-from bbx.engine.fold import fold
-from bbx.engine.prepare import prepared, replica
+from bbx.backbone import Backbone, normalise
+from bbx.engine import EngineSettings, choose, kept_memory, settings
+from bbx.engine.fold import foldable
+from bbx.engine.memory import keep
+from bbx.engine.pack import PackedWeight
+from bbx.engine.prepare import prepared
+from bbx.engine.replica import replica
+from bbx.engine.switches import deterministic, own_threads, usual_threads
 from bbx.errors import StartError, UsageError
 from bbx.providers import load_backbone
 from bbx.runner import extract
@@ -25,6 +34,8 @@ from tests.conftest import EXTRAS
 from tests.test_loop import TOLERANCE, largest_difference
 
 CPU = torch.device("cpu")
+# A shift of all values at which folding rounds by 5e-6 to 1e-5 of the largest.
+SHIFT = 400.0
 # Libraries that run networks in ways of their own: by methods, and by hooks that they keep installed.
 OTHERS = [
     model
@@ -127,9 +138,205 @@ def test_a_network_that_folding_would_change_is_left_as_it_was():
     network = nn.Sequential(Twice()).eval()
     backbone = stirred(Backbone(ModelRef("", "twice"), network, (Tap("stem", "0"),), PREPROCESS, "random", ""))
     before = maps_of(backbone, noise(backbone))
-    assert not fold(backbone)
+    assert foldable(backbone) == ()
     assert norms(backbone) == 1
     assert apart(before, maps_of(backbone, noise(backbone))) == 0.0
+
+
+def of_modules(*modules: nn.Module) -> Backbone:
+    """A backbone whose one stage is all of `modules`, the same each time."""
+    from bbx.spec import ModelRef
+    from bbx.taps import Tap
+    from tests.toy import PREPROCESS
+
+    network = nn.Sequential(nn.Sequential(*modules)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return Backbone(ModelRef("", "small"), network, (Tap("stem", "0"),), PREPROCESS, "random", "")
+
+
+BEFORE_CONVOLUTION = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+ON_VECTORS = (nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.BatchNorm1d(4), nn.Unflatten(2, (30, 30)))
+
+
+@pytest.mark.parametrize("modules", [BEFORE_CONVOLUTION, ON_VECTORS, (Twice(),)])
+def test_what_does_not_fold_is_not_said_to(modules):
+    backbone = of_modules(*modules)
+    settings = choose(backbone, CPU, rows=5000, batch_size=8)
+    assert "batch norm folded" not in settings.describe()
+    assert norms(prepared(backbone, settings)) == 1
+    folds = of_modules(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert "batch norm folded" in choose(folds, CPU, rows=5000, batch_size=8).describe()
+
+
+def test_folding_is_tried_once_and_changes_nothing_meanwhile(monkeypatch):
+    calls = []
+    real = Backbone.__call__
+    monkeypatch.setattr(Backbone, "__call__", lambda self, pixels: calls.append(self) or real(self, pixels))
+    backbone = of_modules(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    for _ in range(2):
+        settings = choose(backbone, CPU, rows=5000, batch_size=8)
+        assert norms(prepared(backbone, settings)) == 0
+    assert len(calls) == 2  # without, and with
+    assert backbone not in calls
+    assert norms(backbone) == 1
+
+
+@pytest.mark.parametrize("variance", [1.0, 1e-4])
+def test_folding_that_rounds_too_much_is_not_done(variance):
+    def shifted(by: float) -> Backbone:
+        # A large value is added and taken away again, which folding never adds: two roundings in place of none.
+        backbone = of_modules(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16))
+        convolution, norm = backbone.network[0]
+        convolution.bias.data.fill_(by)
+        norm.running_mean.fill_(by)
+        norm.running_var.fill_(variance)
+        return backbone
+
+    assert foldable(shifted(0))
+    assert not foldable(shifted(SHIFT))
+
+
+@pytest.mark.parametrize("model", ["efficientnet-lite0", "resnet18", "mobilenet_v3_small", "densenet121"])
+def test_pictures_of_next_to_no_contrast_keep_their_values_too(model):
+    # Lite0 is trained: of a flat picture its layers leave a hundredth, and folding rounds that by 4e-5.
+    trained = model == "efficientnet-lite0"
+    backbone = load_backbone(model, stages="all") if trained else stirred(load_backbone(model, weights="random"))
+    backbone = backbone.select("all")
+    random = np.random.default_rng(3)
+    levels = random.integers(0, 255, (6, 1, 1, 1))
+    cells = (levels + random.integers(0, 2, (6, *backbone.preprocess.size, 3))).astype(np.uint8)
+    pixels = normalise(torch.from_numpy(cells), backbone.preprocess)
+    fast = prepared(backbone, choose(backbone, CPU, rows=5000, batch_size=8))
+    assert (norms(fast) == norms(backbone)) == trained
+    before, after = maps_of(backbone, pixels), maps_of(fast, pixels)
+    for name, maps in before.items():
+        for one, other in zip(maps, after[name], strict=True):
+            assert (one - other).abs().max() <= TOLERANCE * one.abs().max(), name
+
+
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize("variance", [1e-2, 1e-4])
+def test_tiny_variances_fold_only_as_far_as_the_values_stay(model, variance):
+    backbone = load_backbone(model, weights="random", stages="all")
+    for module in backbone.network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.fill_(variance)
+    fast = prepared(backbone, choose(backbone, CPU, channels_last="no", rows=5000, batch_size=8))
+    assert apart(maps_of(backbone, noise(backbone)), maps_of(fast, noise(backbone))) <= TOLERANCE
+
+
+def test_of_runs_side_by_side_the_last_puts_torchs_switches_back():
+    def number() -> int:
+        with ThreadPoolExecutor(1) as fresh:
+            return fresh.submit(torch.get_num_threads).result()
+
+    def set_to_one() -> None:
+        with ThreadPoolExecutor(1) as own:
+            own.submit(torch.set_num_threads, 1).result()
+
+    usual, others = torch.get_num_threads(), os.environ.copy()
+    torch.set_num_threads(3)
+    one, other = ([own_threads(), deterministic(True)] for _ in range(2))
+    for run in (one, other):
+        assert usual_threads() == 3
+        for switched in run:
+            switched.__enter__()
+        set_to_one()
+    for run in (one, other):  # the first to come is the first to go
+        assert torch.are_deterministic_algorithms_enabled()
+        for switched in run:
+            switched.__exit__(None, None, None)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (number(), usual_threads()) == (3, 3)
+    torch.set_num_threads(usual)
+    assert os.environ.copy() == others
+
+
+def test_a_user_without_a_home_keeps_torchs_own_folder(monkeypatch):
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(settings.Path, "home", nowhere)
+    settings.keep_compiled()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_without_memory_to_try_it_nothing_is_folded(monkeypatch):
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    backbone = of_modules(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert backbone.stages  # measured while there was memory
+    monkeypatch.setattr(Backbone, "_run", full)
+    assert foldable(backbone) == ()
+
+
+def test_folding_keeps_no_map_that_the_network_is_done_with():
+    class Watch(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            alive.append(sum(one() is not None for one in made))
+            return pixels
+
+    def note(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        made.append(weakref.ref(output))
+
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(4)]
+    backbone = of_modules(*blocks, Watch())
+    assert backbone.stages
+    for block in blocks:
+        block[0].register_forward_hook(note)
+    alive.clear()
+    assert len(foldable(backbone)) == 4
+    assert alive[0] == 0
+
+
+@pytest.mark.parametrize("model", ["swin_t", "convnext_tiny", "vit_b_32"])
+def test_packed_layers_give_the_same_stages(model):
+    backbone = load_backbone(model, weights="random", stages="all")
+    before = maps_of(backbone, noise(backbone))
+    fast = prepared(backbone, EngineSettings(packed=True))
+    again = replica(fast)  # as every stream has one
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        after = maps_of(again, noise(backbone))
+    narrow = [one for one in backbone.network.modules() if isinstance(one, nn.Linear) and one.in_features <= 192]
+    ran = {event.key: event.count for event in profile.key_averages()}
+    assert ran.get("mkldnn::_linear_pointwise", 0) == len(narrow)  # swin gives its weights to F.linear by itself
+    assert apart(before, after) <= 1e-6
+    assert apart(before, maps_of(backbone, noise(backbone))) == 0.0
+
+
+def test_a_packed_weight_is_a_plain_tensor_to_all_but_linear():
+    layer = nn.Linear(6, 4)
+    weight, pixels = PackedWeight.of(layer.weight), torch.randn(2, 5, 6)
+    with torch.inference_mode():
+        for given in (pixels, pixels[:0], pixels[0, 0], pixels.transpose(0, 1), pixels.double().float()):
+            assert torch.allclose(F.linear(given, weight, layer.bias), layer(given), atol=1e-6)
+        assert torch.allclose(F.linear(pixels, weight), F.linear(pixels, layer.weight), atol=1e-6)
+        assert torch.equal(F.linear(input=pixels, weight=weight), F.linear(pixels, layer.weight))
+        assert torch.equal(F.linear(pixels.double(), weight.double()), F.linear(pixels.double(), layer.weight.double()))
+        assert torch.equal(F.linear(weight, pixels[0]), F.linear(layer.weight, pixels[0]))
+        for made in (weight + 1, weight.t(), weight @ pixels[0].t(), torch.cat([weight, weight])):
+            assert type(made) is torch.Tensor
+
+
+def test_layers_are_packed_where_that_pays(monkeypatch):
+    def is_packed(model: str, **changes: Any) -> bool:
+        backbone = load_backbone(model, weights="random").to(CPU, precision=changes.pop("precision", "float32"))
+        return choose(backbone, CPU, **{"rows": 5000, "batch_size": 8, **changes}).packed
+
+    monkeypatch.setattr("bbx.engine.settings.packing_pays", lambda: True)
+    assert is_packed("swin_t")
+    assert not is_packed("resnet18")  # its one linear layer is the classifier's, of 512 inputs
+    assert not is_packed("swin_t", precision="bf16")
+    assert not is_packed("swin_t", engine="compile")
+    monkeypatch.setattr("bbx.engine.settings.packing_pays", lambda: False)
+    assert not is_packed("swin_t")
 
 
 @pytest.mark.parametrize("model", ["resnet18", "swin_t", "torchvision:deeplabv3_resnet50", *OTHERS])
@@ -177,6 +384,63 @@ def test_convnets_are_computed_channels_last(model, last):
     assert not choose(backbone, CPU, channels_last="no", rows=100, batch_size=8).channels_last
 
 
+@pytest.mark.parametrize(
+    ("threads", "rows", "batch_size", "expected"),
+    [
+        (1, 1000, 8, (1, 1)), (2, 1000, 8, (2, 1)), (8, 1000, 8, (8, 1)), (12, 1000, 8, (6, 2)), (15, 1000, 8, (7, 2)),
+        (9, 1000, 8, (8, 1)), (20, 1000, 8, (8, 2)), (64, 1000, 8, (8, 8)), (6, 1000, 16, (3, 2)),
+        (7, 1000, 16, (3, 2)), (3, 1000, 32, (1, 3)),
+        (8, 17, 8, (2, 4)), (8, 1, 8, (1, 8)),  # fewer batches than threads: each gets more of them
+        (8, 1000, 32, (2, 4)), (8, 1000, 64, (1, 8)), (8, 1000, 500, (1, 8)),  # 64 images in all, or one batch
+    ],
+)  # fmt: skip
+def test_few_threads_are_left_over_and_no_more_than_64_images_are_held(
+    monkeypatch, threads, rows, batch_size, expected
+):
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    chosen = choose(load_backbone("toy", weights="random"), CPU, rows=rows, batch_size=batch_size)
+    assert (chosen.streams, chosen.threads) == expected
+    assert chosen.streams * chosen.threads >= 0.8 * threads
+
+
+def test_a_container_has_threads_for_its_quota(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 64)
+    monkeypatch.setattr(settings, "quota", lambda: 1.5)
+    chosen = choose(load_backbone("toy", weights="random"), CPU, rows=1000, batch_size=8)
+    assert (chosen.streams, chosen.threads) == (2, 1)
+
+
+def test_a_compiler_that_does_not_work_is_named_and_no_defect_of_bbx(monkeypatch, pictures, tmp_path):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("CppCompileError: C++ compile error\n\nPython.h: No such file")
+
+    monkeypatch.setattr(settings, "COMPILE_PAYS", {"cpu": 1})
+    monkeypatch.setattr(torch, "compile", lambda *_args, **_kwargs: broken)
+    with pytest.raises(StartError, match="--engine compile failed: CppCompileError"):
+        extract(pictures, model="toy", output=tmp_path / "f.h5", engine="compile", device="cpu")
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(StartError, match="--engine compile failed") as caught:
+        extract(pictures, model="toy", output=tmp_path / "f.h5", engine="compile", device="cpu")
+    assert "leave it out" in caught.value.hint
+
+
+CACHE = """
+import os, torch
+from bbx.engine import choose
+from bbx.providers import load_backbone
+choose(load_backbone("resnet18", weights="random"), torch.device("cpu"), engine="compile", rows=10**6, batch_size=8)
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+print(cache_dir())
+"""
+
+
+def test_compiled_code_is_kept_in_the_users_cache(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", CACHE], check=True, capture_output=True, text=True, env=environment)
+    assert ran.stdout.splitlines()[-1] == str(tmp_path / "bbx" / "inductor")
+
+
 def test_a_short_job_is_not_folded(monkeypatch):
     backbone = load_backbone("resnet18", weights="random")
     few, many = (choose(backbone, CPU, rows=rows, batch_size=8).folded for rows in (10, 1000))
@@ -189,6 +453,14 @@ def test_compiling_waits_for_a_job_that_pays_for_it_and_the_plan_says_so(bbx_cli
     assert ran.code == 0
     assert "--engine compile pays from about 2,000 images on" in ran.err
     assert "eager" in ran.err
+
+
+def test_a_run_that_compiles_says_that_it_waits_for_that():
+    backbone = load_backbone("resnet18", weights="random")
+    many = choose(backbone, CPU, engine="compile", rows=10**6, batch_size=8)
+    assert many.engine == "compile"
+    assert "the first batch waits" in many.why
+    assert choose(backbone, CPU, rows=10**6, batch_size=8).why == ""
 
 
 def test_compiling_does_not_go_with_free_layers(bbx_cli, pictures):
@@ -258,6 +530,39 @@ def test_memory_of_one_batch_serves_the_next():
     assert kept <= 2 * 16_384 < 5 * 16_384 < usual  # a piece or two may be new, where something came to lie between
 
 
+@pytest.mark.parametrize(
+    ("largest", "set_"),
+    [(1 << 40, {-3: 1 << 30}), (32 << 20, {-3: 32 << 20}), (1 << 20, {})],
+    ids=["new", "old", "odd"],
+)
+def test_a_glibc_that_refuses_is_asked_for_less_or_left_alone(largest, set_):
+    found: dict[int, int] = {}
+
+    class Libc:
+        @staticmethod
+        def mallopt(option: int, value: int) -> int:
+            taken = option != -3 or value <= largest
+            found.update({option: value} if taken else {})
+            return int(taken)
+
+    assert keep(Libc) is bool(set_)
+    assert found == ({**set_, -8: 1, -1: (1 << 31) - 1, 1: 0} if set_ else {})
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_a_user_who_tunes_the_allocator_is_left_alone(monkeypatch, name):
+    kept: list[object] = []
+    for tuned in ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(tuned, raising=False)
+    monkeypatch.setattr("bbx.engine.memory.keep", kept.append)
+    with kept_memory():
+        usual = len(kept)
+    monkeypatch.setenv(name, "glibc.malloc.arena_max=2")
+    with kept_memory():
+        assert len(kept) == usual
+    assert usual == (platform.libc_ver()[0] == "glibc")
+
+
 def test_what_was_kept_goes_back_at_the_end(pictures, tmp_path, monkeypatch):
     trimmed = []
     libc = ctypes.CDLL(None)
@@ -265,10 +570,17 @@ def test_what_was_kept_goes_back_at_the_end(pictures, tmp_path, monkeypatch):
     class Spy:
         gnu_get_libc_version = mallopt = staticmethod(lambda *_: 1)
         malloc_trim = staticmethod(lambda room: trimmed.append(room) or libc.malloc_trim(room))
+        malloc, given_back = libc.malloc, 0
 
-    monkeypatch.setattr("bbx.engine.memory._glibc", Spy)
+        def free(self, piece: ctypes.c_void_p) -> None:
+            self.given_back += 1
+            libc.free(piece)
+
+    spy = Spy()
+    monkeypatch.setattr("bbx.engine.memory._glibc", lambda: spy)
     extract(pictures, model="toy", output=tmp_path / "f.h5")
     assert trimmed == [0]
+    assert spy.given_back == 2 * 7 * 3_000  # the small pieces set aside, and those between them
 
 
 def test_the_file_says_how_it_was_computed(pictures, tmp_path: Path):

@@ -150,8 +150,9 @@ def test_a_folder_that_cannot_be_read_is_skipped_with_a_warning(monkeypatch):
             raise PermissionError(13, "Permission denied")
         return listed(path)
 
-    monkeypatch.setattr(os, "scandir", guarded)
-    found = find_images(["p"])
+    with monkeypatch.context() as patched:  # pytest, too, lists folders
+        patched.setattr(os, "scandir", guarded)
+        found = find_images(["p"])
     assert found.keys == ["b/2.png"]
     assert found.warnings == ["the folder p/a/ cannot be read (Permission denied): skipped"]
 

@@ -283,14 +283,14 @@ def test_the_start_says_with_what_and_when_it_ended(bbx_cli, done) -> None:
 def test_the_revision_is_that_of_bbx_and_of_no_repository_around_it(monkeypatch, tmp_path) -> None:
     import subprocess
 
-    from bbx import plan
+    from bbx import provenance
 
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     lonely = tmp_path / "site" / "bbx"
-    shutil.copytree(Path(plan.__file__).parent, lonely)
-    monkeypatch.setattr(plan, "__file__", str(lonely / "plan.py"))
+    shutil.copytree(Path(provenance.__file__).parent, lonely)
+    monkeypatch.setattr(provenance, "__file__", str(lonely / "provenance.py"))
     monkeypatch.setattr("importlib.metadata.Distribution.read_text", lambda *_: None)
-    assert plan.revision() is None
+    assert provenance.revision() is None
 
 
 def test_a_number_that_makes_no_sense_is_refused(pictures, tmp_path) -> None:

@@ -89,6 +89,16 @@ def test_weights_on_this_machine_are_marked(bbx_cli, tmp_path, monkeypatch):
     assert "on this machine" in ran.err
 
 
+def test_all_libraries_take_one_reading_of_the_catalogue_and_one_look_for_each_package(monkeypatch):
+    looked = []
+    monkeypatch.setattr(listing, "is_installed", lambda provider: not looked.append(provider))
+    catalog._content.cache_clear()
+    assert len(list_models()) > 1500
+    assert str(resolve("resnet18")) == "torchvision:resnet18"
+    assert catalog._content.cache_info().misses == 1
+    assert len(looked) == len(table.PROVIDERS)
+
+
 def test_another_version_of_a_library_is_asked_for_its_names(monkeypatch, tmp_path):
     content = json.loads(catalog.FILE.read_text())
     content["versions"]["torchvision"] = "0.1"

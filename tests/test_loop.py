@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import bbx
 from bbx.backbone import Backbone
 from bbx.errors import InterruptedRunError, StartError, UsageError
-from bbx.loop import _chunks
+from bbx.loop import _chunks, _end
 from bbx.runner import extract
 
 DEVICES = ["cpu", *(["cuda"] * torch.cuda.is_available())]
@@ -47,18 +48,27 @@ def memory_of(most: int, *, text: str = "CUDA out of memory. Tried to allocate 2
 
 
 @pytest.mark.parametrize(
-    ("rows", "aligned", "expected"),
+    ("rows", "streams", "expected"),
     [
-        (range(10), True, [4, 4, 2]),
-        (range(2, 10), True, [2, 4, 2]),
-        ([0, 1, 5, 6, 7, 8], True, [2, 3, 1]),
-        ([0, 1, 5, 6, 7, 8], False, [4, 2]),
-        ([3, 103, 203], True, [1, 1, 1]),
-        ([], True, []),
+        (range(10), 1, [4, 4, 2]),
+        (range(2, 10), 1, [2, 4, 2]),
+        ([0, 1, 5, 6, 7, 8], 1, [2, 3, 1]),
+        ([0, 1, 5, 6, 7, 8], 0, [4, 2]),
+        ([3, 103, 203], 1, [1, 1, 1]),
+        ([], 1, []),
+        (range(12), 2, [4, 4, 2, 2]),  # the last batch would be computed alone
+        (range(13), 2, [4, 4, 3, 2]),
+        (range(16), 2, [4, 4, 4, 4]),
+        (range(9), 2, [4, 4, 1]),
+        (range(3), 2, [2, 1]),
+        (range(5, 12), 2, [3, 2, 2]),
+        ([0, 9, 10, 11], 2, [1, 1, 2]),
     ],
 )
-def test_batches_are_cut_where_an_uninterrupted_run_would_cut_them(rows, aligned, expected) -> None:
-    found = list(_chunks(np.array(rows, np.int64), 4, aligned=aligned))
+def test_batches_are_cut_where_an_uninterrupted_run_would_cut_them(rows, streams, expected) -> None:
+    total = max([*rows, 0]) + 1
+    end = partial(_end, size=4, total=total, streams=streams) if streams else None
+    found = list(_chunks(np.array(rows, np.int64), 4, end))
     assert [len(chunk) for chunk in found] == expected
     assert [row for chunk in found for row in chunk] == list(rows)
 
@@ -113,6 +123,17 @@ def test_the_same_command_gives_the_same_bytes(pictures, tmp_path, model, device
         extract(pictures, output=tmp_path / name, batch_size=4, **options)
     assert largest_difference(tmp_path / "a.h5", tmp_path / "b.h5") == 0.0
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("lenient", [True, False])
+def test_what_the_process_said_of_determinism_stands_again(pictures, tmp_path, lenient) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=lenient)
+    try:
+        extract(pictures, model="toy", output=tmp_path / "f.h5", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is lenient
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -76,6 +76,15 @@ def test_pictures_are_read_only_below_a_root_that_is_named_or_near(bbx_cli, file
     assert next(show.from_file(file, root=tmp_path)).picture is None
 
 
+def test_a_picture_is_decoded_only_where_it_is_drawn(bbx_cli, file, monkeypatch):
+    asked = []
+    monkeypatch.setattr("bbx.images.decode_one", lambda path, _: asked.append(path.name) or "changed since")
+    alone = bbx_cli("show", file, "--image", "0", "--stages", "stem")
+    assert (names(alone), asked, alone.err) == (["000.stem.png"], [], "")
+    assert "the picture of 000.png is not drawn" in bbx_cli("show", file, "--image", "0").err
+    assert asked == ["000.png"]
+
+
 def test_an_overlay_without_a_picture_says_what_to_name(bbx_cli, file, tmp_path):
     (tmp_path / "pictures" / "000.png").unlink()
     ran = bbx_cli("show", file, "--image", "000.png", "--overlay")
@@ -85,7 +94,7 @@ def test_an_overlay_without_a_picture_says_what_to_name(bbx_cli, file, tmp_path)
 
 def test_a_key_from_outside_cannot_leave_the_folder():
     names = [
-        show._file_name(show.Subject(key, 5, {}, {}, None))
+        show._file_name(show.Subject(key, 5, {}, {}, lambda: None))
         for key in ("../../etc/passwd", "/abs", "a/b.png", "x\n.png")
     ]
     assert names == ["etc_passwd-5", "abs-5", "a_b-5", "x-5"]

@@ -1,12 +1,16 @@
 """torchvision: every model's stages as measured for the reference, values as in its own full forward."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 
+import bbx
 from bbx.errors import UsageError, WeightsError
 from bbx.providers import list_models, load_backbone, load_structure, resolve
 from bbx.providers.torchvision import FAMILIES, names
@@ -190,3 +194,36 @@ def test_models_are_listed_with_aliases_weights_and_parameters():
     assert (swin["name"], swin["alias"], swin["weights"]) == ("swin_t", "swin-tiny", ["IMAGENET1K_V1"])
     assert (swin["parameters"], swin["stride"], swin["stages"]) == (28288354, 32, 5)
     assert {model["name"] for model in list_models("regnet_x_1_6gf")} == {"regnet_x_1_6gf"}
+
+
+def test_a_model_is_loaded_without_the_compiler_which_comes_once_it_is_asked_for():
+    code = """
+import sys
+import bbx
+bbx.load_backbone("resnet18", weights="random").stages
+assert "torchvision.ops" in sys.modules
+assert "torch._dynamo" not in sys.modules
+from torchvision.ops import roi_align
+supported = roi_align.__globals__["is_compile_supported"]
+assert supported("meta") is False
+import torch._dynamo.utils as real
+assert supported is not real.is_compile_supported
+assert supported("cpu") == real.is_compile_supported("cpu")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_whoever_wants_more_of_the_compiler_meanwhile_gets_it(tmp_path):
+    (tmp_path / "torchvision.py").write_text("from torch._dynamo.utils import is_compile_supported, same\n")
+    code = """
+from bbx.providers.postponed import import_torchvision
+import_torchvision()
+import torchvision
+
+import bbx
+import torch._dynamo.utils as real
+assert torchvision.same is real.same
+assert torchvision.is_compile_supported("cpu") == real.is_compile_supported("cpu")
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path(bbx.__file__).parents[1])])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})

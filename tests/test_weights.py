@@ -2,13 +2,17 @@
 
 import http.server
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import bbx
 from bbx.errors import WeightsError
 from bbx.providers import load_backbone
+from bbx.runner import extract
 from bbx.weights import fetch, read_state_dict
 from tests.toy import Toy
 
@@ -185,3 +189,28 @@ def test_a_download_that_fails_or_is_not_what_it_claims_leaves_nothing(server, t
             fetch(f"{url}/{name}", name="the toy", hint="type this")
         assert caught.value.hint == "type this"
     assert list((tmp_path / "cache" / "hub" / "checkpoints").iterdir()) == []
+
+
+def test_random_weights_are_the_seeds_in_threads_too():
+    alone = load_backbone("resnet18", weights="random").weights_digest
+    before = torch.random.get_rng_state()
+    with ThreadPoolExecutor(3) as threads:
+        found = {
+            one.weights_digest for one in threads.map(lambda _: load_backbone("resnet18", weights="random"), range(3))
+        }
+    assert found == {alone}
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_weights_are_float32_on_the_cpu_whatever_the_processs_defaults(pictures, tmp_path, default):
+    extract(pictures, model="resnet18", weights="random", stages="stem", output=tmp_path / "usual.h5", device="cpu")
+    change, back = (torch.set_default_device, "cpu") if default == "meta" else (torch.set_default_dtype, torch.float32)
+    change(default)
+    try:
+        extract(pictures, model="resnet18", weights="random", stages="stem", output=tmp_path / "f.h5", device="cpu")
+        assert torch.empty(0).device.type == "meta" or torch.empty(0).dtype == default
+    finally:
+        change(back)
+    with bbx.open(tmp_path / "usual.h5") as one, bbx.open(tmp_path / "f.h5") as other:
+        np.testing.assert_array_equal(one["stem", :], other["stem", :])

@@ -5,25 +5,24 @@ from __future__ import annotations
 import os
 import shlex
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from bbx.bench.folder import own_folder
 from bbx.bench.pictures import make_pictures
 from bbx.bench.result import Bench
-from bbx.engine import EngineSettings, choose, forward_rate, grow
-from bbx.errors import StartError
+from bbx.engine import EngineSettings, choose, forward_rate, grow, usual_threads
+from bbx.errors import StartError, UsageError
 from bbx.images import find_images
 from bbx.plan import Plan, Rates, Summary, attempt, free_nbytes
-from bbx.rates import LONG, decode_rate, sample, write_rate
+from bbx.rates import LONG, decode_rate, measured, sample, write_rate
 from bbx.runner import extract
-from bbx.spec import BatchSize, Dtype, Engine, Precision
+from bbx.spec import BatchSize, Decode, Dtype, Engine, Precision
 from bbx.store import FeatureWriter
 
 END_SECONDS = 2.0
@@ -47,30 +46,29 @@ def bench(
     workers: int | None = None,
     precision: Precision = "float32",
     dtype: Dtype = "float32",
-    weights: str = "random",
+    weights: str | None = None,
     size: int | tuple[int, int] | None = None,
     engine: Engine = "eager",
     tell: Callable[[str], None] | None = None,
 ) -> Bench:
-    """Measures what `bbx.extract` with these options does here; `images` as there, by default 64 made ones.
+    """Measures what `bbx.extract` with these options does here.
 
+    `images` as there, by default 64 made ones; `weights`, too, by default random, for speed does not ask what they are.
     Files are written into a folder of their own below the current one, which is removed. `engine`: `compile` measures
     compiled code, too. `tell` hears what is being measured. Raises what `bbx.extract` does.
     """
     say = tell or (lambda _what: None)
     options: dict[str, Any] = {
         "model": model, "stages": stages, "device": device, "batch_size": batch_size, "workers": workers,
-        "precision": precision, "dtype": dtype, "weights": weights, "size": size,
+        "precision": precision, "dtype": dtype, "weights": weights or "random", "size": size,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix=".bbx-bench-", dir=".") as name:
-        folder = Path(name).resolve()
+    with own_folder(Path()) as folder:
         made = images is None or not (isinstance(images, str | os.PathLike) or len(images))
         say("the model; decoding, computing and writing alone")
         paths = make_pictures(folder) if made else _paths(images)
-        plan = _plan(folder, _links(folder, paths, _FEWEST), options)
-        return _measured(
-            plan, folder, paths, options, engine=engine, made=made, command=_command(options, images), say=say
-        )
+        plan = _plan(folder, _links(folder, paths, LONG - 1), options)
+        command = _command({**options, "weights": weights}, images)
+        return _measured(plan, folder, paths, options, engine=engine, made=made, command=command, say=say)
 
 
 def _measured(
@@ -85,14 +83,15 @@ def _measured(
     say: Callable[[str], None],
 ) -> Bench:
     where, backbone, work = plan.device, plan.backbone, plan.work
-    alone = plan.rates
+    alone, workers = plan.rates, plan.decoders(len(plan.images))
     if alone is None:
-        raise StartError(plan.notes[-1])
+        raise StartError(plan.notes[-1], "make room on the disk of the current folder, or go to another one")
     say("fast decoding")
     fast = replace(plan.decoding, preprocess=plan.decoding.preprocess.override(decode="fast"))
-    decode_fast = decode_rate(sample(plan.images), fast, plan.decoders(_FEWEST))
+    decode_fast = decode_rate(sample(plan.images, workers), fast, workers, device=where)
+    decode_gpu = _gpu_rate(plan)
     say("the forward in other ways")
-    one_stream = EngineSettings(threads=torch.get_num_threads())
+    one_stream = EngineSettings(threads=usual_threads())
     plain = forward_rate(backbone, where, work, one_stream).rate
     whole = forward_rate(backbone.select(backbone.stage_names[-1]), where, work, plan.engine).rate
     compiled = None
@@ -108,17 +107,17 @@ def _measured(
     store = stored / plan.run.row_nbytes
     rates = replace(alone, store=store)
     say("all together")
-    end_to_end, rows = _end_to_end(plan, folder, paths, rates, options)
+    end_to_end, rows, unread = _end_to_end(plan, folder, paths, rates, options)
     best: Engine = "compile" if compiled and compiled > _COMPILE_GAIN * alone.compute else "eager"
     return Bench(
         model=plan.run.model, weights=plan.run.weights, stages=tuple(stage.name for stage in plan.run.stages),
         device=str(attempt(plan)["device"]), precision=plan.run.precision, dtype=plan.run.dtype,
         images=len(paths), made=made, batch_size=plan.batch_size, workers=plan.workers, engine=plan.engine,
-        rates=rates, decode_fast=decode_fast, plain=plain, compiled=compiled,
+        rates=rates, decode_fast=decode_fast, decode_gpu=decode_gpu, plain=plain, compiled=compiled,
         whole=whole, batches=growth.tried, batches_why=growth.why,
         store_nbytes=stored, raw_nbytes=raw, end_to_end=end_to_end, end_rows=rows,
         best_engine=best, best_batch_size=growth.best, command=command(growth.best, best),
-        notes=_notes(plan, rates, decode_fast),
+        notes=(*_notes(plan, rates, {"fast": decode_fast, "gpu": decode_gpu}), *unread),
     )  # fmt: skip
 
 
@@ -141,10 +140,14 @@ def _links(folder: Path, paths: Sequence[Path], count: int) -> list[str]:
 
 
 def _plan(folder: Path, links: list[str], options: dict[str, Any]) -> Plan:
-    """What `bbx extract` would do, and the rates that it measures for that."""
+    """What `bbx extract` would do with a long job, whatever the disk says to that, and the rates for it."""
     plans: list[Plan] = []
-    extract(links, output=folder / "end.h5", dry_run=True, on_plan=plans.append, **options)
-    return plans[0]
+    try:
+        extract(links, output=folder / "end.h5", dry_run=True, on_plan=plans.append, **options)
+    except StartError:
+        if not plans:
+            raise
+    return plans[0] if plans[0].rates or plans[0].needed_nbytes <= plans[0].free_nbytes else measured(plans[0])
 
 
 def _store_rates(plan: Plan, folder: Path) -> tuple[float, float]:
@@ -172,27 +175,35 @@ def _store_rates(plan: Plan, folder: Path) -> tuple[float, float]:
 
 def _end_to_end(
     plan: Plan, folder: Path, paths: Sequence[Path], rates: Rates, options: dict[str, Any]
-) -> tuple[float, int]:
-    """Images/s of an extraction once it is under way, and how many images it took."""
+) -> tuple[float, int, list[str]]:
+    """Images/s of an extraction once it is under way, how many images it took, and a note of those that are none.
+
+    Raises `StartError` where all are: their rates would be of nothing.
+    """
     room = min(_END_NBYTES, free_nbytes(folder / "end.h5") // 4) // plan.run.row_nbytes
-    count = max(_FEWEST, 6 * plan.batch_size, min(int(rates.expected * END_SECONDS), room, LONG - 1))
+    # As many as keep busy what a long job starts: streams, and decoding processes.
+    least = max(_FEWEST, max(6, 2 * plan.engine.streams) * plan.batch_size, 8 * plan.workers)
+    count = max(least, min(int(rates.expected * END_SECONDS), room, LONG - 1))
     seen: list[tuple[int, float]] = []
 
     def progress(summary: Summary) -> None:
         seen.append((summary.extracted + summary.failed, summary.wall))
 
     links = _links(folder, paths, count)
-    extract(links, output=folder / "end.h5", progress=progress, **{**options, "batch_size": plan.batch_size})
+    ran = extract(links, output=folder / "end.h5", progress=progress, **{**options, "batch_size": plan.batch_size})
+    if not ran.done:
+        raise StartError(f"not one image can be read: {next(iter(ran.failures.values()))}", "name other images")
+    unread = [f"{ran.failed} of {len(links)} images cannot be read, and are in the rates"] if ran.failed else []
     # The first batches wait for decoders to start.
     first = next((one for one in seen if one[0] >= count / 4), seen[-1])
     last = seen[-1]
     rows, seconds = (last[0] - first[0], last[1] - first[1]) if last[0] > first[0] else last
-    return rows / seconds, count
+    return rows / seconds, count, unread
 
 
 def _command(options: dict[str, Any], images: Images | None) -> Callable[[int, Engine], str]:
     """Makes the command line that extracts with a batch size and an engine; options left out stay so."""
-    usual = {"device": "auto", "precision": "float32", "dtype": "float32", "weights": "random"}
+    usual = {"device": "auto", "precision": "float32", "dtype": "float32"}
     words = ["bbx", "extract"]
     for name, value in options.items():
         if value is not None and value != usual.get(name) and name != "batch_size":
@@ -209,10 +220,21 @@ def _command(options: dict[str, Any], images: Images | None) -> Callable[[int, E
     return command
 
 
-def _notes(plan: Plan, rates: Rates, decode_fast: float) -> tuple[str, ...]:
+def _gpu_rate(plan: Plan) -> float | None:
+    """Images/s that the run's own device decodes, if it can."""
+    decoding = replace(plan.decoding, preprocess=replace(plan.decoding.preprocess, decode="gpu"))
+    try:
+        workers = plan.decoders(len(plan.images))
+        return decode_rate(sample(plan.images, workers), decoding, workers, device=plan.device)
+    except (UsageError, StartError):  # not this device, not these weights' resize
+        return None
+
+
+def _notes(plan: Plan, rates: Rates, others: Mapping[Decode, float | None]) -> tuple[str, ...]:
     notes = [*plan.backbone.notes, *plan.notes]
-    if rates.limit == "decode" and decode_fast > rates.decode:
-        notes.append("decoding is the limit: --decode fast gives nearly the same pixels for less")
+    best = max(others, key=lambda word: others[word] or 0)
+    if rates.limit == "decode" and (others[best] or 0) > rates.decode:
+        notes.append(f"decoding is the limit: --decode {best} gives nearly the same pixels for less")
     if rates.limit == "store" and plan.run.dtype == "float32":
         notes.append("the store is the limit: --dtype float16 halves what is written, --pool avg makes it a vector")
     return tuple(notes)

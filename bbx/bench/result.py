@@ -16,8 +16,9 @@ class Bench:
     `rates` are the limits of an extraction: decoding, the forward as it would run, bbx's own store. `plain` is the
     forward of the library's network in one stream, `whole` that of all stages up to the last, `compiled` that of
     compiled code, where it was asked for. `batches` is the forward by batch size, and `batches_why` why there are no
-    more of them. `store_nbytes` and `raw_nbytes` are bytes/s of bbx's store and of plain writing.
-    `end_to_end` is the steady rate of a real extraction of `end_rows` images. `command` runs what is best.
+    more of them. `store_nbytes` and `raw_nbytes` are bytes/s of bbx's store and of plain writing. `decode_gpu` is None
+    where no device could. `end_to_end` is the steady rate of a real extraction of `end_rows` images. `command` runs
+    what is best.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Bench:
     engine: EngineSettings
     rates: Rates
     decode_fast: float
+    decode_gpu: float | None
     plain: float
     compiled: float | None
     whole: float

@@ -6,10 +6,12 @@ left out are left to the library, where the defaults live.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from typing import NoReturn
 
 import typer
@@ -21,7 +23,7 @@ from bbx.cli.files import diff, export, merge, verify
 from bbx.cli.look import info, models, show, stages_command
 from bbx.cli.shield import READING, shielded
 from bbx.cli.signals import Signalled
-from bbx.errors import BbxError, InterruptedRunError, UsageError, WriteError
+from bbx.errors import BbxError, InterruptedRunError, StartError, UsageError, WriteError
 
 __all__ = [
     "app",
@@ -39,19 +41,36 @@ __all__ = [
     "verify",
 ]
 
+_NO_READER = 141
+"""The exit code where whoever read standard output is gone: 128 + SIGPIPE, what a shell has of any such program."""
+_NO_MEMORY = ("failed to map segment", "annot allocate memory")
 _ORDER = (extract, show, stages_command, models, info, verify, diff, bench, merge, export)
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.callback))  # as the help lists them
 for _command in app.registered_commands:
     _command.short_help = (_command.callback.__doc__ or "").partition("\n\n")[0]  # which the help does not cut short
 
 
-def run() -> None:
-    """The `bbx` command: as `main`, and proof against files on which HDF5 crashes."""
+def run() -> NoReturn:
+    """The `bbx` command: as `main`, proof against files on which HDF5 crashes, and gone once it is done."""
+    try:
+        _run()
+    except SystemExit as ended:
+        _leave(ended)
+
+
+def _run() -> NoReturn:
+    # Typer builds every command that it knows, at 5 ms each, to run one.
+    wanted = [
+        one for one in app.registered_commands if (one.name or getattr(one.callback, "__name__", "")) in sys.argv[1:2]
+    ]
+    app.registered_commands = wanted or app.registered_commands
     if hasattr(os, "fork") and sys.argv[1:2] and sys.argv[1] in READING:
         try:
             shielded(main)
         except BbxError as problem:
             _fail(problem)
+        except KeyboardInterrupt:
+            _interrupted()
     main()
 
 
@@ -61,28 +80,61 @@ def main() -> NoReturn:
     os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
     try:
         sys.exit(app(standalone_mode=False) or 0)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # which Typer makes an exit of its own
+            _refused(ended.__context__)
+        raise
     except BbxError as problem:
         _fail(problem)
     except Signalled as stopped:
         name = signal.Signals(stopped.signum).name
-        _fail(
-            InterruptedRunError(f"stopped by {name}", "the same command starts or continues it", signum=stopped.signum)
-        )
-    except typer.Abort:  # Ctrl-C, where no command was prepared for it
-        _fail(InterruptedRunError("stopped by SIGINT", "the same command starts again"))
+        again = "starts or continues it" if sys.argv[1:2] == ["extract"] else "starts again"
+        _fail(InterruptedRunError(f"stopped by {name}", f"the same command {again}", signum=stopped.signum))
+    except (typer.Abort, KeyboardInterrupt):  # Ctrl-C, where no command was prepared for it
+        _interrupted()
     except OSError as problem:
-        _fail(WriteError(f"the system refused: {problem}", "is the disk full, or the pipe closed?"))
+        _refused(problem)
     except Exception as problem:
-        _fail(_misused(problem) or _internal(problem))
+        _fail(_misused(problem) or _starved(problem) or _internal(problem))
+
+
+def _leave(ended: SystemExit) -> NoReturn:
+    """Ends this process as `ended` says, without taking it to pieces: half a second, where torch is loaded.
+
+    What was registered to be done at the end is done, and what was printed is out; the system takes the rest.
+    """
+    atexit._run_exitfuncs()
+    code = ended.code
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: the caller has closed it
+            stream.flush()
+    except OSError as problem:
+        if not code:  # else an error has been told
+            try:
+                _refused(problem)
+            except SystemExit as worse:
+                code = worse.code
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _fail(problem: BbxError) -> NoReturn:
     from bbx import console
 
-    console.error(problem)
-    if "--json" in sys.argv:
-        print_json({"error": problem.message, "hint": problem.hint, "exit_code": problem.exit_code})
+    with suppress(OSError):  # the streams may be what failed: the exit code tells it all the same
+        console.error(problem)
+        if "--json" in sys.argv:
+            print_json({"error": problem.message, "hint": problem.hint, "exit_code": problem.exit_code})
     sys.exit(problem.exit_code)
+
+
+def _interrupted() -> NoReturn:
+    _fail(InterruptedRunError("stopped by SIGINT", "the same command starts again"))
+
+
+def _refused(problem: OSError) -> NoReturn:
+    if isinstance(problem, BrokenPipeError):  # `bbx models | head`: no error, and nobody to tell
+        sys.exit(_NO_READER)
+    _fail(WriteError(f"the system refused: {problem}", "is the disk full?"))
 
 
 def _misused(problem: Exception) -> UsageError | None:
@@ -92,6 +144,14 @@ def _misused(problem: Exception) -> UsageError | None:
         return None
     context = getattr(problem, "ctx", None)
     return UsageError(tell(), f"{context.command_path if context else 'bbx'} --help")
+
+
+def _starved(problem: Exception) -> StartError | None:
+    """What a limit on memory makes of an import, or of an allocation."""
+    if not isinstance(problem, MemoryError) and not any(words in str(problem) for words in _NO_MEMORY):
+        return None
+    hint = "raise the limit on memory (ulimit -v, the batch system's), or end what else uses it"
+    return StartError(f"there is too little memory: {problem or type(problem).__name__}", hint)
 
 
 def _internal(problem: Exception) -> BbxError:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EXIT_CODES = (
     "Exit codes: 0 all rows done · 1 internal error · 2 usage · 3 cannot start, or the disk failed · "
     "4 finished, some rows failed (verify: are damaged; diff: differ) · 5 all rows failed · "
-    "130/143 interrupted, the same command continues."
+    "130/143 interrupted, the same command continues · 141 nobody reads stdout any more."
 )
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ Batch = Annotated[
     typer.Option(
         "--batch-size",
         metavar="N",
-        help="Images computed at once, or auto: measured (default: 8 on a CPU, 64 elsewhere)",
+        help="Images in a batch, or auto: measured (default: 64; 8 on a CPU, which computes a few batches at once)",
     ),
 ]
 Layers = Annotated[str | None, typer.Option(help="Any module paths or globs: 'features.*.norm1'", metavar="LIST")]
@@ -58,7 +58,11 @@ Size = Annotated[
 Resize = Annotated[ResizeMode | None, typer.Option(help="How the picture is fitted to the input (default: crop)")]
 Exif = Annotated[ExifMode | None, typer.Option(help="The orientation tag of photographs (default: apply)")]
 DecodeOption = Annotated[
-    Decode | None, typer.Option("--decode", help="fast: nearly the same pixels for less (default: exact)")
+    Decode | None,
+    typer.Option(
+        "--decode",
+        help="fast: nearly the same pixels for less; gpu: by the CUDA device, in bbx's own process (default: exact)",
+    ),
 ]
 Config = Annotated[
     str | None, typer.Option(help="A .yaml, .toml or .json file: backbone, neck and head", metavar="FILE")
@@ -85,14 +89,25 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Around imports of large packages: the collector goes through every new object meanwhile, and none is garbage."""
+    """Around imports of large packages: the collector goes through every new object meanwhile, and none is garbage.
+
+    Nor does any of them become so: it need not look at them ever again.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if collecting:
             gc.enable()
+
+
+def note(text: str) -> None:
+    """One line of talk; Rich is loaded where there is something to say."""
+    from bbx import console
+
+    console.note(text)
 
 
 def given(**options: Any) -> dict[str, Any]:

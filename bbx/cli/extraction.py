@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,11 +29,13 @@ from bbx.cli.app import (
     Weights,
     app,
     given,
+    loading,
     parse_batch_size,
     parse_size,
     print_json,
 )
 from bbx.cli.signals import signals
+from bbx.machine import cores
 from bbx.spec import ChannelsLast, Compress, Dtype, Engine, Mode, OnError, Pool, Precision
 
 if TYPE_CHECKING:
@@ -105,8 +107,13 @@ def extract(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More of the plan")] = False,
 ) -> None:
     """Extract stem and stages of a backbone for every image into one HDF5 file."""
-    with signals() as stop:  # from here on, for the imports take their time too
-        from bbx import console, facts, runner
+    with ExitStack() as stack:
+        stop = stack.enter_context(signals())  # from here on, for the imports take their time too
+        with loading():
+            from bbx.images.process import started_ahead
+
+            stack.enter_context(started_ahead(0 if dry_run else workers or cores()))
+            from bbx import console, facts, runner
 
         options = given(
             model=model, config=config, stages=stages, layers=layers, weights=weights, seed=seed, size=parse_size(size),
@@ -124,8 +131,8 @@ def extract(
             if not quiet:
                 console.plan(plan, verbose=verbose)
 
-        with nullcontext() if quiet else console.progress() as progress:
-            summary = runner.extract(images, dry_run=dry_run, on_plan=on_plan, progress=progress, stop=stop, **options)
+        progress = None if quiet else stack.enter_context(console.progress())
+        summary = runner.extract(images, dry_run=dry_run, on_plan=on_plan, progress=progress, stop=stop, **options)
     if not quiet and not dry_run:
         console.summary(summary)
     if as_json:

@@ -89,8 +89,8 @@ def merge(
     """Put feature files together: the rows of many, or the stages of files with the same rows."""
     with signals():
         from bbx import reports
-        from bbx.plan import command_facts
-        from bbx.store import merge as put_together
+        from bbx.provenance import command_facts
+        from bbx.store.merge import merge as put_together
 
         options = given(compress=compress, overlap=overlap, mode=mode)
         with nullcontext() if quiet else reports.progress("merging") as progress:

@@ -25,6 +25,7 @@ from bbx.cli.app import (
     backbone,
     given,
     loading,
+    note,
     parse_size,
     print_json,
 )
@@ -69,7 +70,6 @@ def show(
 ) -> None:
     """Draw channel grids of stem and stages, and a contact sheet: of a feature file, or straight from an image."""
     with loading():
-        from bbx import console
         from bbx import show as drawing
 
     options = given(
@@ -84,7 +84,7 @@ def show(
     elif options:
         raise UsageError(f"--{next(iter(options)).replace('_', '-')} needs --model", "bbx show image.jpg --model NAME")
     else:
-        subjects = drawing.from_file(source, root=root, tell=console.note, **given(images=image, stages=stages))
+        subjects = drawing.from_file(source, root=root, tell=note, **given(images=image, stages=stages))
     figures = drawing.draw(subjects, drawing.Look(channels, scale, cmap, overlay))
     if window:
         drawing.open_windows(figures)
@@ -120,7 +120,7 @@ def stages_command(
         result = side_by_side(str(model), **options)
         print_json(facts.of_comparison(result)) if as_json else console.comparison(result)
         return
-    from bbx.backbone import parameters_until
+    from bbx.parameters import parameters_until
 
     found = backbone(model, config, structure=True, **options)
     parameters = parameters_until(found)
@@ -141,7 +141,6 @@ def models(
     as_json: Json = False,
 ) -> None:
     """List the models: name, alias, provider, family, parameters, stride, weights (* on this machine)."""
-    from bbx import console
     from bbx.providers import list_models
 
     filters = given(provider=provider, family=family, parameters=parameters, stride=stride)
@@ -154,6 +153,8 @@ def models(
     if as_json:
         print_json(found)
     else:
+        from bbx import console
+
         console.models(found)
 
 
@@ -161,8 +162,11 @@ def models(
 def info(file: Annotated[str, typer.Argument(help="A feature file")], as_json: Json = False) -> None:
     """Print what a feature file holds, and how it was made."""
     with loading():
-        from bbx import console, facts
+        from bbx import facts
         from bbx.store import open_finished_or_partial
+
+        if not as_json:
+            from bbx import console  # brings Rich, which JSON has no use for
 
     with open_finished_or_partial(file) as opened:
         if len(opened) <= _CHECKED_ROWS:

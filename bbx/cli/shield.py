@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -59,11 +60,13 @@ def _end_with(parent: int) -> None:
 
 
 def _try_to_open(files: list[Path]) -> None:
-    """Opens each feature file among `files` in one more process, and ends as it did: HDF5 circles over some for ever.
+    """Opens each feature file among `files`, and has the system end this process if that takes too long.
 
-    Opening alone has a limit of computing time; what comes after may take as long as it takes.
+    HDF5 circles over some for ever, in which it hears no signal of Python's. Opening alone has a limit of computing
+    time; what comes after may take as long as it takes.
     """
     import resource
+    import time
 
     from bbx.store import open_finished_or_partial
     from bbx.store.target import partial_path
@@ -71,16 +74,12 @@ def _try_to_open(files: list[Path]) -> None:
     for file in files:
         if not (_is_hdf5(file) or (file.name and _is_hdf5(partial_path(file)))):
             continue
-        pid = os.fork()
-        if pid == 0:
-            resource.setrlimit(resource.RLIMIT_CPU, (_OPEN_SECONDS, _OPEN_SECONDS + 1))
-            try:
-                open_finished_or_partial(file)
-            finally:  # an error comes again where it is told
-                os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if code < 0:
-            os.kill(os.getpid(), -code)  # all of these end a process, unless it says otherwise
+        soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        most = int(time.process_time()) + 1 + _OPEN_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (most if soft < 0 else min(most, soft), hard))
+        with suppress(Exception):  # an error comes again where it is told
+            open_finished_or_partial(file).close()
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def _is_hdf5(path: Path) -> bool:

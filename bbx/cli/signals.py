@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first ends the loop after its batch, with all work committed; a second one ends at once."""
+"""SIGINT and SIGTERM: the first ends the loop with what is begun computed and committed; a second one ends at once."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ def signals() -> Iterator[Callable[[], int | None]]:
         if at_once:
             raise Signalled(signum)
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    # One that is ignored stays so: nohup, and a shell that puts a job into the background, mean it.
+    heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, handle) for signum in heard}
     told, sys.unraisablehook = sys.unraisablehook, _swallowed
     try:
         yield stop
     except BaseException:
         # What happened is about to be told: a further Ctrl-C must not turn that into a trace.
-        before = dict.fromkeys(before, signal.SIG_IGN)
+        before = dict.fromkeys(heard, signal.SIG_IGN)
         raise
     finally:
         sys.unraisablehook = told

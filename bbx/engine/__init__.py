@@ -5,6 +5,7 @@ from bbx.engine.memory import kept_memory
 from bbx.engine.probe import Growth, Tried, forward_rate, grow, noise
 from bbx.engine.settings import EngineSettings, choose
 from bbx.engine.streams import Streams
+from bbx.engine.switches import deterministic, usual_threads
 
 __all__ = [
     "Computed",
@@ -14,9 +15,11 @@ __all__ = [
     "Tried",
     "Work",
     "choose",
+    "deterministic",
     "forward_rate",
     "grow",
     "kept_memory",
     "noise",
     "pooled",
+    "usual_threads",
 ]

@@ -33,7 +33,7 @@ class Work:
 
 @dataclass
 class Computed:
-    """The maps of one batch, `(b, *stage.shape)` each, of any memory layout; on CUDA still on their way to the host.
+    """The maps of one batch, `(b, *stage.shape)` each, contiguous; on CUDA still on their way to the host.
 
     `counts`: per part of the batch and stage, how many values are not finite, and beyond float16, int64 `(2,)`.
     `seconds` are those of the device.
@@ -141,6 +141,12 @@ class Compute:
                 f"{self._device} has too little memory for one image of {self._backbone.ref}",
                 "choose another --device, a smaller --size, or end what else uses its memory",
             )
+        if torch.are_deterministic_algorithms_enabled():  # fewer images at once are other sums
+            raise StartError(
+                f"{self._device} is out of memory with {count} images at once, and fewer would give other last bits",
+                f"--batch-size {-(-count // 2)}, with --mode overwrite where rows are there already; "
+                "or leave --deterministic out",
+            )
         if self._allowance.halve(count):
             now = self._allowance.most
             computed.notes.append(
@@ -170,7 +176,9 @@ class Compute:
             odd = values.numel() - values.isfinite().sum()
             lost = (stored.isinf() & ~values.isinf()).sum() if stored is not values else torch.zeros_like(odd)
             computed.counts[-1][name] = torch.stack((odd, lost))
-        return stored
+        # On a CPU laid out here and now: what the network made would else live until it is written, amid the memory of
+        # the next batch, which then needs new memory (2 % more of it after some hundred images).
+        return stored if stored.is_cuda else stored.contiguous()
 
 
 class _Transfer:
@@ -178,6 +186,8 @@ class _Transfer:
 
     def __init__(self, device: torch.device) -> None:
         self._compute, self._in, self._out = (_CUDA.Stream(device) for _ in range(3))
+        # The weights may still be on their way there, or being laid out.
+        self._compute.wait_stream(_CUDA.current_stream(device))
         self._device = device
 
     def computing(self) -> AbstractContextManager[Any]:

@@ -20,6 +20,7 @@ from bbx.engine.compute import Computed, Work
 from bbx.engine.memory import kept_memory
 from bbx.engine.settings import EngineSettings
 from bbx.engine.streams import Streams
+from bbx.machine import available_nbytes
 from bbx.spec import Preprocess
 
 SECONDS = 0.5
@@ -108,7 +109,7 @@ def _why_no_more(last: Tried, cap: int, idle: int, *, seconds: float) -> str:
     if seconds > _LONG_SECONDS:
         return f"a batch takes {seconds:.1f} s as it is"
     # On a CPU nobody says that memory is full: the system ends the process.
-    if 2 * last.nbytes > _available_nbytes():
+    if 2 * last.nbytes > available_nbytes():
         return f"the memory that is free might not hold {2 * last.batch_size}"
     return ""
 
@@ -147,12 +148,12 @@ def noise(preprocess: Preprocess, count: int, *, pinned: bool = False) -> NDArra
     """`(count, h, w, 3)` decoded pixels that no network finds easy, as zeros may be; the same each time."""
     shape = (count, *preprocess.size, 3)
     random = np.random.default_rng(0)
+    cells: NDArray[Any] = random.integers(0, 256, shape, np.uint8)
     if preprocess.processor:
         from bbx.processor import cell_dtype
 
         if cell_dtype(preprocess) != np.uint8:
-            return random.random(shape, np.float32)
-    cells = random.integers(0, 256, shape, np.uint8)
+            cells = random.random(shape, np.float32)
     return torch.from_numpy(cells).pin_memory().numpy() if pinned else cells
 
 
@@ -160,16 +161,3 @@ def _resident_nbytes() -> int:
     """The memory of this process, as far as the system tells."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-
-
-def _available_nbytes() -> float:
-    """The memory that is free to take, for this process and its control group, as far as the system tells."""
-    found = float("inf")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = (line.split() for line in meminfo.read_text().splitlines())
-        found = min(found, *(1024.0 * int(line[1]) for line in lines if line[0] == "MemAvailable:"), found)
-    most, now = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if most.exists() and now.exists() and (text := most.read_text().strip()).isdigit():
-        found = min(found, float(int(text) - int(now.read_text())))
-    return found

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
+import math
+import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from bbx.backbone import Backbone
+from bbx.engine.fold import foldable
+from bbx.engine.pack import packing_pays, packs
+from bbx.engine.switches import usual_threads
 from bbx.errors import StartError, UsageError
+from bbx.machine import quota
 from bbx.spec import ChannelsLast, Engine
 
-# Each stream holds the activations of a batch of its own, and the interpreter's lock is one for all.
+# The interpreter's lock is one for all streams, and each holds the activations of a batch of its own.
 MOST_STREAMS = 8
-FOLD_PAYS = 64
-"""Images from which on folding pays for its two forwards of one image and the comparison."""
+MOST_IMAGES = 64
+"""Images in all streams together, where a batch alone is not larger."""
+FOLD_PAYS = 128
+"""Images from which on folding pays for its two forwards of a few images and the comparison."""
 COMPILE_PAYS = {"cpu": 2_000, "cuda": 300_000}
-"""Images from which on compiling pays: it takes 10 to 120 s, and saves 5 ms an image on a core, 0.06 on an H100."""
+"""Images from which on compiling may pay: it takes 10 to 250 s. Of an image it saves 5 of ResNet-50's 55 ms on a Zen 3
+core and loses 5 of swin-tiny's 78, which is eager's packing; on an H100 it saves 0.06 ms of swin-tiny's 0.2."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """`streams` batches at once, each on `threads` threads; the rest is done to the network once.
 
-    `folded`: batch normalisation goes into the convolution before it. `why` is what a user should know of the choice.
+    `folded`: batch normalisation goes into the convolution before it; `packed`: narrow linear layers are oneDNN's.
+    `why` is what a user should know of the choice.
     """
 
     engine: Engine = "eager"
     channels_last: bool = False
     folded: bool = False
+    packed: bool = False
     streams: int = 1
     threads: int = 1
     why: str = ""
 
     def describe(self) -> str:
         """A few words for the plan."""
-        words = [self.engine, "channels last" if self.channels_last else "", "batch norm folded" if self.folded else ""]
-        words.append(f"{self.streams} × {self.threads} thread{'s' * (self.threads > 1)}")
-        return ", ".join(word for word in words if word)
+        facts = {"channels last": self.channels_last, "batch norm folded": self.folded, "packed": self.packed}
+        words = [self.engine, *(word for word, true in facts.items() if true)]
+        return ", ".join([*words, f"{self.streams} × {self.threads} thread{'s' * (self.threads > 1)}"])
 
 
 def choose(
@@ -57,20 +70,29 @@ def choose(
         pays = COMPILE_PAYS.get(device.type, 0)
         if rows < pays:
             engine, why = "eager", f"--engine compile pays from about {pays:,} images on; here are {rows:,}"
+        else:
+            why = "--engine compile: the first batch waits for the code, a minute or so"
     last = channels_last == "yes" or (channels_last == "auto" and _gains_by_channels_last(backbone, device))
     compiled, on_cpu = engine == "compile", device.type == "cpu"
-    budget = torch.get_num_threads()
-    batches = -(-rows // max(1, batch_size))
+    budget = max(1, min(usual_threads(), math.ceil(min(quota(), 1 << 20))))
     # Compiled code is for one thread at a time; on an accelerator one thread keeps the queue of work full.
-    streams = 1 if compiled or not on_cpu else max(1, min(budget, MOST_STREAMS, batches))
+    streams = 1 if compiled or not on_cpu else _streams(budget, rows, batch_size)
     return EngineSettings(
         engine,
         channels_last=last,
         folded=on_cpu and not compiled and rows >= FOLD_PAYS and _folds(backbone),
+        packed=on_cpu and not compiled and backbone.precision == "float32" and packing_pays() and packs(backbone),
         streams=streams,
         threads=max(1, budget // streams),
         why=why,
     )
+
+
+def _streams(budget: int, rows: int, batch_size: int) -> int:
+    """As many as may be, unless more than a fifth of the threads were left over: each stream has the same number."""
+    batches = -(-rows // max(1, batch_size))
+    most = max(1, min(budget, batches, MOST_STREAMS, MOST_IMAGES // max(1, batch_size)))
+    return next(streams for streams in range(most, 0, -1) if streams * (budget // streams) >= 0.8 * budget)
 
 
 def _gains_by_channels_last(backbone: Backbone, device: torch.device) -> bool:
@@ -86,8 +108,7 @@ def _gains_by_channels_last(backbone: Backbone, device: torch.device) -> bool:
 
 def _folds(backbone: Backbone) -> bool:
     """Inductor folds by itself, on an H100 it gained nothing, and in a lower precision it would change the rounding."""
-    norms = any("BatchNorm" in type(module).__name__ for module in backbone.network.modules())
-    return norms and backbone.precision == "float32"
+    return backbone.precision == "float32" and bool(foldable(backbone))
 
 
 def _check_compiles(backbone: Backbone, device: torch.device) -> None:
@@ -101,11 +122,19 @@ def _check_compiles(backbone: Backbone, device: torch.device) -> None:
         raise StartError(f"--engine compile needs {missing}, which this machine lacks", "install it, or leave it out")
 
 
+def keep_compiled() -> None:
+    """Has what is compiled lie in the user's cache: torch's own choice is in /tmp, which batch systems empty."""
+    with suppress(RuntimeError):  # a user without a home is left with torch's choice
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "bbx" / "inductor"))
+
+
 def _missing_compiler(device: torch.device) -> str:
     from importlib.util import find_spec
 
     if device.type == "cuda":
         return "" if find_spec("triton") else "the package triton"
+    keep_compiled()  # torch looks once, when its compiler is imported
     from torch._inductor import cpp_builder
 
     finder: Any = cpp_builder.get_cpp_compiler

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from bbx.backbone import Backbone
 from bbx.engine.compute import Allowance, Compute, Computed, Work
-from bbx.engine.prepare import prepared, replica
+from bbx.engine.prepare import prepared
+from bbx.engine.replica import replica
 from bbx.engine.settings import EngineSettings
+from bbx.engine.switches import own_threads
 
 
 class Streams:
@@ -28,7 +30,7 @@ class Streams:
         self.depth = settings.streams + 1
         self._settings = settings
         self._allowance = Allowance(work.batch_size)
-        self._threads = torch.get_num_threads()
+        self._numbers = own_threads()
         ready = prepared(backbone, settings)
         copies = [ready, *(replica(ready) for _ in range(settings.streams - 1))]
         self._idle = [Compute(one, device, work, self._allowance, settings) for one in copies]
@@ -48,11 +50,11 @@ class Streams:
         return compute.maps(pixels, kept)
 
     def __enter__(self) -> Self:
+        self._numbers.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        # torch takes the number last set anywhere as that of threads to come.
-        torch.set_num_threads(self._threads)
+        self._numbers.__exit__(kind, error, trace)

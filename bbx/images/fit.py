@@ -23,7 +23,7 @@ _GAP = 1.5
 # Pillow takes a box as 32-bit floats, which hold this many steps without rounding.
 _FLOAT32_STEPS = 1 << 24
 # What each turn does to the axes: (swapped, mirrored in x, mirrored in y) of the stored picture, to find a place in it.
-_AXES = {
+AXES = {
     None: (False, False, False),
     Image.Transpose.FLIP_LEFT_RIGHT: (False, True, False),
     Image.Transpose.ROTATE_180: (False, True, True),
@@ -71,7 +71,7 @@ def exactly(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:
 
 def fast(image: Image.Image, turn: Image.Transpose | None, draft: Draft, preprocess: Preprocess) -> NDArray[np.uint8]:
     """As `exactly`, of an RGB `image` that is not turned yet: only what the input shows is scaled, averaged before."""
-    swapped, mirrored_x, mirrored_y = _AXES[turn]
+    swapped, mirrored_x, mirrored_y = AXES[turn]
     height, width = _scaled(*_swapped(draft.size, swapped), preprocess)
     _check_scaled(_swapped(draft.size, swapped), height, width)
     (left, across), (top, down) = _middle(width, preprocess.size[1]), _middle(height, preprocess.size[0])
@@ -95,7 +95,7 @@ def draft(image: Image.Image, turn: Image.Transpose | None, preprocess: Preproce
     whole = image.size
     if image.format not in ("JPEG", "MPO") or resampling(preprocess) is Image.Resampling.NEAREST:
         return Draft(whole)
-    swapped = _AXES[turn][0]
+    swapped = AXES[turn][0]
     height, width = _scaled(*_swapped(whole, swapped), preprocess)
     least = _swapped((math.ceil(width * _GAP), math.ceil(height * _GAP)), swapped)
     for factor in (8, 4, 2):
@@ -104,6 +104,30 @@ def draft(image: Image.Image, turn: Image.Transpose | None, preprocess: Preproce
             image.draft(None, (whole[0] // factor, whole[1] // factor))
             return Draft(whole, factor)
     return Draft(whole)
+
+
+class Place(NamedTuple):
+    """Where an upright picture goes, each (down, across): of `scaled`, `part` from `cut` on, at `at` of the input."""
+
+    scaled: tuple[int, int]
+    cut: tuple[int, int]
+    part: tuple[int, int]
+    at: tuple[int, int]
+
+
+def place(size: tuple[int, int], preprocess: Preprocess) -> Place:
+    """Of a picture of `size`, (width, height). Raises `ImageError` beyond 2**26 scaled pixels."""
+    height, width = _scaled(*size, preprocess)
+    _check_scaled(size, height, width)
+    (top, down), (left, across) = _middle(height, preprocess.size[0]), _middle(width, preprocess.size[1])
+    # floor, as torchvision pads
+    at = (preprocess.size[0] - down) // 2, (preprocess.size[1] - across) // 2
+    return Place((height, width), (top, left), (down, across), at)
+
+
+def margin(preprocess: Preprocess) -> list[int]:
+    """The colour of what a picture does not reach: the mean in mode `pad`, else black."""
+    return [round(value * 255) for value in preprocess.mean] if preprocess.mode == "pad" else [0, 0, 0]
 
 
 class _Axis(NamedTuple):
@@ -176,7 +200,7 @@ def _filled(image: Image.Image, preprocess: Preprocess) -> NDArray[np.uint8]:
     if width * height > _MAX_SCALED_PIXELS:
         raise ImageError(f"the input's {width} x {height} pixels are too many")
     canvas = np.empty((height, width, 3), np.uint8)
-    canvas[...] = [round(value * 255) for value in preprocess.mean] if preprocess.mode == "pad" else 0
+    canvas[...] = margin(preprocess)
     left, top = (width - image.width) // 2, (height - image.height) // 2  # floor, as torchvision pads
     canvas[top : top + image.height, left : left + image.width] = np.asarray(image)
     return canvas

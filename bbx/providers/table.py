@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from bbx.errors import MissingExtraError
+from bbx.providers.postponed import import_torchvision
 
 # In the order in which they are asked for a name without a provider; of a provider's modules, the first that knows it.
 PROVIDERS: dict[str, tuple[str, ...]] = {
@@ -27,6 +28,8 @@ def is_installed(provider: str) -> bool:
 
 def imported(module: str) -> Any:
     """A provider's module. Raises `MissingExtraError`, with the line to type, where its package is not installed."""
+    if module not in PROVIDERS["packaged"]:  # the others' libraries import it, sooner or later
+        import_torchvision()
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -35,7 +35,7 @@ from bbx.providers.timm_weights import (
 )
 from bbx.spec import BUILD, Build, ModelRef, Preprocess, ResizeMode
 from bbx.taps import Tap
-from bbx.weights import check_file, digest
+from bbx.weights import check_file, digest, seeded
 
 _MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
 # Arguments of `create_model` that are bbx's to give.
@@ -224,8 +224,7 @@ def _build(
     name: str, options: Mapping[str, Any], build: Build, *, pretrained: bool = False, meta: bool = False
 ) -> nn.Module:
     with ExitStack() as building:
-        building.enter_context(torch.random.fork_rng(devices=()))
-        torch.manual_seed(build.seed)
+        building.enter_context(seeded(build.seed))
         for context in (torch.device("meta"), _Unfilled()) if meta else ():
             building.enter_context(context)
         try:

@@ -25,7 +25,7 @@ from bbx.backbone import Backbone
 from bbx.errors import UsageError, nearest
 from bbx.spec import BUILD, Build, ModelRef, Preprocess
 from bbx.taps import Layout, Tap
-from bbx.weights import check_file, digest, fetch, load_into, read_state_dict
+from bbx.weights import check_file, digest, fetch, load_into, read_state_dict, seeded
 
 Paths = tuple[str, ...]
 
@@ -181,8 +181,7 @@ def _builder_options(name: str, size: tuple[int, int], *, pretrained: bool) -> d
 
 
 def _build(name: str, options: dict[str, Any], seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
         except ValueError as error:  # MaxViT, for a size that its windows do not divide

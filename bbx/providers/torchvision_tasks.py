@@ -25,7 +25,7 @@ from bbx.errors import UsageError, nearest
 from bbx.providers.torchvision import FAMILIES
 from bbx.roles import Outlet, Reader, settled, taps
 from bbx.spec import BUILD, Build, ModelRef, Preprocess
-from bbx.weights import check_file, digest, fetch, load_into, read_state_dict
+from bbx.weights import check_file, digest, fetch, load_into, read_state_dict, seeded
 
 # Sizes (h, w) to name the pyramid's levels at: the coarsest level still gains a row from one to the other.
 _SIZES = ((1024, 1024), (1536, 1536))
@@ -245,8 +245,7 @@ def _state(member: Any, path: Path | None) -> tuple[dict[str, Tensor], str]:
 
 
 def _build(name: str, options: Mapping[str, Any], seed: int, *, device: str) -> nn.Module:
-    with torch.random.fork_rng(devices=()), torch.device(device):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         try:
             # Without `weights_backbone=None` a builder fetches ImageNet weights for its backbone.
             network: nn.Module = torchvision.models.get_model(name, weights=None, weights_backbone=None, **options)

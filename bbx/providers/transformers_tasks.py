@@ -30,7 +30,7 @@ from bbx.providers.transformers_weights import cannot_load, quiet
 from bbx.recipe import tidied
 from bbx.roles import Outlet, Reader, settled, taps
 from bbx.spec import BUILD, Build, ModelRef, Preprocess
-from bbx.weights import check_file, digest, load_into, read_state_dict
+from bbx.weights import check_file, digest, load_into, read_state_dict, seeded
 
 # Inputs to name a pyramid's levels at, where the network takes them: small, and 128 pixels apart.
 _SIZES = ((256, 256), (384, 384))
@@ -159,8 +159,7 @@ def _configuration(source: str, task: Task, options: Mapping[str, Any], backbone
 
 def _built(kind: Any, config: Any, seed: int, device: str) -> nn.Module:
     try:
-        with torch.random.fork_rng(devices=()), torch.device(device), quiet():
-            torch.manual_seed(seed)
+        with seeded(seed, device), quiet():
             network: nn.Module = kind(config)
     except ImportError as error:  # a package that transformers wants for this class alone: scipy, for matching losses
         wanted = re.search(r"pip install ([\w-]+)", str(error))

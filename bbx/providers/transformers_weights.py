@@ -17,7 +17,7 @@ from huggingface_hub import is_offline_mode
 
 from bbx.errors import WeightsError
 from bbx.providers.transformers_families import Family
-from bbx.weights import read_state_dict
+from bbx.weights import read_state_dict, seeded
 
 # Made of a backbone's own, these are 1 and 0 in every checkpoint that was not trained as a backbone.
 _EXTRA_NORMS = "hidden_states_norms."
@@ -25,8 +25,7 @@ _EXTRA_NORMS = "hidden_states_norms."
 
 def random_network(kind: Any, config: Any, options: Mapping[str, Any], *, seed: int) -> Any:
     """`kind` built from `config` with the weights that `seed` gives; the caller's generator is left alone."""
-    with torch.random.fork_rng(devices=()), quiet():
-        torch.manual_seed(seed)
+    with seeded(seed), quiet():
         return kind._from_config(config, **options)
 
 
@@ -46,8 +45,7 @@ def loaded_network(
     """
     name, place = (f"file {source.name}", None) if isinstance(source, Path) else (source, source)
     where: dict[str, Any] = {"state_dict": read_state_dict(source)} if isinstance(source, Path) else {}
-    with torch.random.fork_rng(devices=()), quiet(), _reporting_all(kind):
-        torch.manual_seed(0)  # of what the weights leave out: the same at each loading
+    with seeded(0), quiet(), _reporting_all(kind):  # of what the weights leave out: the same at each loading
         try:
             network, info = kind.from_pretrained(
                 place, config=config, local_files_only=is_offline_mode(), dtype=torch.float32,

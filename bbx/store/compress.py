@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import InterruptedRunError, StartError, WriteError
+from bbx.machine import cores
 from bbx.store import carry, disk, format, skeleton, trust
 from bbx.store.checksum import crc32
 from bbx.store.format import Column
@@ -263,7 +264,7 @@ def _deflate_zlib(data: bytes) -> bytes:
 
 def _threaded(function: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterator[_Made]:
     """`function` of each item, in order, in as many threads as there are cores, a few items ahead."""
-    threads = disk.cores()
+    threads = cores()
     waiting: deque[Future[_Made]] = deque()
     with ThreadPoolExecutor(threads, "bbx-deflate") as pool:
         try:

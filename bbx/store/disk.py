@@ -98,11 +98,6 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     return call
 
 
-def cores() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable; Windows has no such call and needs none."""
     if sys.platform == "win32":

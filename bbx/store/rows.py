@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbx.errors import StartError, UsageError, WriteError
+from bbx.machine import cores
 from bbx.spec import InputFile
 from bbx.store import disk, format, lock
 from bbx.store.checksum import crc32
@@ -63,7 +64,7 @@ class Rows:
         if not lock.try_lock(self.fd, shared=True):  # so that no HDF5 program opens the file to write
             lock.disown(self.fd)
             raise StartError(f"{path} is open for writing in another program", "close it there")
-        self._threads = min(_THREADS, disk.cores())
+        self._threads = min(_THREADS, cores())
         self._pool = ThreadPoolExecutor(self._threads, "bbx-checksum")
         # A thread that outlived an interrupt must not write to a descriptor that is somebody else's by then.
         self._using = threading.Lock()

@@ -21,6 +21,7 @@ from bbx.store import chunks, disk, format, virtual
 from bbx.store.inspection import Facts, dataset, inspect, text_lengths
 
 _BLOCK = 16_384
+_HINT = "take another copy of it, or extract it again"
 _NO_LOCK = contextlib.nullcontext()
 
 
@@ -149,7 +150,7 @@ def guarded(path: Path) -> Iterator[None]:
         raise FileError(f"{path} is open for writing in another program", "close it there") from error
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        raise FileError(f"{path} is damaged, or no feature file ({text[:300]})") from error
+        raise FileError(f"{path} is damaged, or no feature file ({text[:300]})", _HINT) from error
 
 
 def open_checked(path: Path, *, allow_virtual: bool = True) -> OpenFile:

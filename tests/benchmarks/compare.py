@@ -1,14 +1,14 @@
 """A job by bbx and by its rivals, in alternation: images per second, start, CPU, memory, disk, reading back.
 
-A rival runs as its docs show it (`docs`: their batch size, and decoding where they do it), and once more with bbx's
-number of decoding processes (`equal`), there at the batch size that suits it better, its docs' or bbx's.
+A rival runs as its docs show it (`docs`: their batch size, and decoding where they do it), once more with bbx's number
+of decoding processes (`equal`), and with bbx's batch size besides (`tuned`), which no docs would tell it.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,38 +23,42 @@ from tests.benchmarks.settings import Settings
 
 DOCS_BATCH = 32
 _MOST_ROWS = 100
+# A rival that took this many times as long as the fastest to warm up is timed once: no ratio is taken from it.
+_FAR = 1.25
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to do a job. `form` is `docs` or `equal`, empty for bbx."""
+    """One way to do a job. `forms` are those of `docs`, `equal` and `tuned` that it is, none for bbx."""
 
     name: str
-    form: str = ""
+    forms: tuple[str, ...] = ()
     batch_size: int = 0
     workers: int = 0
 
     @property
     def label(self) -> str:
         """As the table has it."""
-        if not self.form:
+        if not self.forms:
             return self.name
-        return f"{self.name} {self.form} (batch {self.batch_size}, {self.workers} decoders)"
+        return f"{self.name} {' = '.join(self.forms)} (batch {self.batch_size}, {self.workers} decoders)"
 
     def command(self, job: Job, images: Path, output: Path, settings: Settings) -> list[str]:
         """What to run."""
-        if not self.form:
-            return jobs.extract(job, images, output, settings.options)
+        if not self.forms:
+            return jobs.extract(job, images, output, settings.words)
         words = (job.name, images, output, "--batch-size", self.batch_size, "--workers", self.workers)
+        words += ("--device", settings.device)
         return [settings.python(self.name), "-m", f"tests.benchmarks.rivals.{self.name}", *map(str, words)]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Medians of one contestant: `whole` with all pictures, `start` with one; `back` seconds to read rows back."""
+    """Medians of one contestant's `runs`: `whole` with all pictures, `start` with one; `back` seconds to read a row."""
 
     contestant: Contestant
     images: int
+    runs: int
     whole: Taken
     start: Taken
     peak: int
@@ -76,42 +80,59 @@ class Result:
         value = (
             f"{self.rate:.2f} images/s, {self.steady:.2f} once it runs · start {self.start.seconds:.1f} s · "
             f"on disk after {self.whole.synced:.1f} s · CPU {1000 * per:.0f} ms/image · peak {self.peak / 1e6:,.0f} MB"
-            f" · {self.whole.nbytes / 1e6:,.1f} MB · rows back {1000 * self.back:.2f} ms each"
+            f" · {self.whole.nbytes / 1e6:,.1f} MB · rows back {1000 * self.back:.2f} ms each · "
+            f"{self.runs} run{'s' * (self.runs > 1)}"
         )
         return Row(f"job {job.name}: {self.contestant.label}", f"{value}{f' · {note}' * bool(note)}", self.rate)
 
 
 def contest(job: Job, settings: Settings) -> list[Row]:
     """Every contestant's line, those of rivals that do not take part, and the ratios."""
-    plan = jobs.plan(job, settings.pictures, settings.options)
+    plan = jobs.plan(job, settings.pictures, settings.words)
     own = Contestant("bbx")
-    results: dict[Contestant, Result] = {}
     rows: list[Row] = []
-    entered: dict[Contestant, tuple[int, float]] = {}
-    for choice in [(own,), *_choices(job, settings, plan["batch_size"], plan["workers"])]:
+    entered: dict[Contestant, tuple[Taken, float]] = {}
+    for one in [own, *_rivals(job, settings, plan["batch_size"], plan["workers"])]:
         try:
-            best, peak, back = _best(job, settings, choice)
-            entered[best] = (peak, back)
+            entered[one] = _warm_up(job, settings, one)
         except RunError as error:
-            rows.append(Row(f"job {job.name}: {choice[0].label}", f"failed: {error}", error=choice == (own,)))
-    wholes, starts = _timed(job, settings, list(entered))
-    for one, (peak, back) in entered.items():
-        results[one] = Result(
-            one, settings.images, measure.median(wholes[one.label]), measure.median(starts[one.label]), peak, back
+            rows.append(Row(f"job {job.name}: {one.label}", f"failed: {error}", error=one == own))
+    near = [one for one in entered if _is_near(one, entered)]
+    taken = _timed(job, settings, near, settings.repeats)
+    taken |= _timed(job, settings, [one for one in entered if one not in near], 1)
+    results = {
+        one: Result(
+            one, settings.images, len(taken[one][0]), *map(measure.median, taken[one]), entered[one][0].peak, back
         )
+        for one, (_, back) in entered.items()
+    }
     notes = {rival.name: "; ".join(filter(None, (rival.keeps, rival.differs.get(job.name)))) for rival in RIVALS}
     rows = [*(result.row(job, notes.get(one.name, "")) for one, result in results.items()), *rows]
     return [*rows, *_absent(job, settings), *_ratios(job, results, settings)]
 
 
-def _choices(job: Job, settings: Settings, batch: int, workers: int) -> Iterator[tuple[Contestant, ...]]:
-    """What takes part; of several in a tuple only the fastest goes on."""
+def _rivals(job: Job, settings: Settings, batch: int, workers: int) -> Iterator[Contestant]:
+    """What takes part besides bbx; forms that come to the same are one."""
     for rival in RIVALS:
         if _why_not(rival, job, settings):
             continue
-        yield (Contestant(rival.name, "docs", DOCS_BATCH, rival.docs_workers),)
+        forms = {"docs": (DOCS_BATCH, rival.docs_workers)}
         if rival.equal:
-            yield tuple(Contestant(rival.name, "equal", size, workers) for size in sorted({DOCS_BATCH, batch}))
+            forms |= {"equal": (DOCS_BATCH, workers), "tuned": (batch, workers)}
+        for chosen in dict.fromkeys(forms.values()):
+            yield Contestant(rival.name, tuple(form for form, one in forms.items() if one == chosen), *chosen)
+
+
+def _is_near(one: Contestant, entered: Mapping[Contestant, tuple[Taken, float]]) -> bool:
+    """Whether a ratio may be taken from it: bbx, AutoBackbone's docs, and of each form the fastest and those near."""
+    if not one.forms or (one.name == "autobackbone" and "docs" in one.forms):
+        return True
+    seconds = {other: taken.seconds for other, (taken, _) in entered.items()}
+    return any(
+        seconds[one] <= _FAR * min(seconds[other] for other in entered if form in other.forms)
+        for form in one.forms
+        if form != "docs"
+    )
 
 
 def _why_not(rival: Rival, job: Job, settings: Settings) -> str:
@@ -119,6 +140,8 @@ def _why_not(rival: Rival, job: Job, settings: Settings) -> str:
         return "not asked for (--rivals)"
     if job.name in rival.cannot:
         return f"cannot: {rival.cannot[job.name]}"
+    if settings.device != "cpu" and not rival.moves:
+        return f"not on {settings.device}: its docs compute on the CPU"
     if rival.name not in settings.pythons and not rival.installed:
         return f"not installed: {rival.needs} (tests/benchmarks/requirements.txt)"
     return ""
@@ -132,15 +155,11 @@ def _absent(job: Job, settings: Settings) -> Iterator[Row]:
             yield Row(f"job {job.name}: {rival.name} equal", "cannot: its loader takes no workers")
 
 
-def _best(job: Job, settings: Settings, choice: Sequence[Contestant]) -> tuple[Contestant, int, float]:
-    """The warm-up, where memory is sampled: (the fastest of `choice`, its peak in bytes, seconds per row read back)."""
+def _warm_up(job: Job, settings: Settings, one: Contestant) -> tuple[Taken, float]:
+    """A run in which memory is sampled, and the seconds per row read back from what it made."""
     output = settings.folder / "out"
-    found = []
-    for one in choice:
-        taken = measure.run(one.command(job, settings.pictures, output, settings), output, sample=True)
-        found.append((taken.seconds, one.label, one, taken.peak, _read_back(one, job, settings, output)))
-    _, _, best, peak, back = min(found)
-    return best, peak, back
+    taken = measure.run(one.command(job, settings.pictures, output, settings), output, sample=True)
+    return taken, _read_back(one, job, settings, output)
 
 
 def _read_back(one: Contestant, job: Job, settings: Settings, output: Path) -> float:
@@ -155,9 +174,9 @@ def _read_back(one: Contestant, job: Job, settings: Settings, output: Path) -> f
 
 
 def _timed(
-    job: Job, settings: Settings, contestants: Sequence[Contestant]
-) -> tuple[dict[str, list[Taken]], dict[str, list[Taken]]]:
-    """By label, in turn: what all pictures took, and what one took."""
+    job: Job, settings: Settings, contestants: Sequence[Contestant], repeats: int
+) -> dict[Contestant, tuple[list[Taken], list[Taken]]]:
+    """All in turn: what all pictures took, and what one took."""
     output = settings.folder / "out"
     few = settings.some(1)
     sides = {}
@@ -165,19 +184,19 @@ def _timed(
         for what, images in (("whole", settings.pictures), ("start", few)):
             command = one.command(job, images, output, settings)
             sides[f"{what} {one.label}"] = partial(measure.run, command, output)
-    taken = measure.alternate(sides, settings.repeats)
+    taken = measure.alternate(sides, repeats)
     measure.remove(output)
-    wholes, starts = ({one.label: taken[f"{what} {one.label}"] for one in contestants} for what in ("whole", "start"))
-    return wholes, starts
+    return {one: (taken[f"whole {one.label}"], taken[f"start {one.label}"]) for one in contestants}
 
 
 def _ratios(job: Job, results: dict[Contestant, Result], settings: Settings) -> Iterator[Row]:
-    """bbx against the best with equal workers, and against AutoBackbone's docs."""
-    own = next((result for one, result in results.items() if not one.form), None)
-    equal = [result for one, result in results.items() if one.form == "equal"]
-    docs = [result for one, result in results.items() if (one.name, one.form) == ("autobackbone", "docs")]
-    best = max(equal, key=lambda result: result.rate, default=None)
-    yield _ratio(f"job {job.name} ÷ best rival given equal workers", own, best)
+    """bbx against the best with equal workers, the best with its batch size, too, and against AutoBackbone's docs."""
+    own = next((result for one, result in results.items() if not one.forms), None)
+    for form, words in (("equal", "equal workers"), ("tuned", "equal workers and bbx's batch size")):
+        given = [result for one, result in results.items() if form in one.forms]
+        best = max(given, key=lambda result: result.rate, default=None)
+        yield _ratio(f"job {job.name} ÷ best rival given {words}", own, best)
+    docs = [result for one, result in results.items() if one.name == "autobackbone" and "docs" in one.forms]
     backbone = next(rival for rival in RIVALS if rival.name == "autobackbone")
     if settings.wants(backbone.name) and job.name not in backbone.cannot:
         yield _ratio(f"job {job.name} ÷ AutoBackbone as its docs show it", own, docs[0] if docs else None)

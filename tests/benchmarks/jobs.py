@@ -42,7 +42,8 @@ def bbx(*words: object) -> list[str]:
 
 def extract(job: Job, images: Path, output: Path, options: Sequence[str] = ()) -> list[str]:
     """The command line of bbx that does `job`."""
-    return bbx("extract", *job.words(), *options, "--mode", "overwrite", "-q", "-o", output, images)
+    words = (*job.words(), *options)
+    return bbx("extract", *words, "--mode", "overwrite", "-q", "-o", output, images)
 
 
 def plan(job: Job, images: Path, options: Sequence[str] = ()) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -18,8 +19,9 @@ from tests.benchmarks.pictures import ROOT
 from tests.benchmarks.report import Row
 from tests.benchmarks.settings import Settings
 
-# Of how many pictures the peak memory is compared with that of ten times as many.
-_MEMORY_SHARE = 4
+_MEMORY_RUNS = 3
+# How many times the pictures the longer of two runs has, whose difference is what a run takes under way.
+_LONGER = 3
 
 
 def limits(settings: Settings) -> Iterator[Row]:
@@ -47,7 +49,7 @@ def piece(name: str, job: Job, settings: Settings, *words: object, cores: int = 
     given = words or (settings.pictures, output)
     command = [sys.executable, "-m", "tests.benchmarks.pieces", name, job.name, *map(str, given)]
     command += ["--repeats", str(settings.repeats), "--cores", str(cores or machine.cores())]
-    command += [f"--bbx-options={' '.join(settings.options)}"]
+    command += [f"--bbx-options={' '.join(settings.words)}"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     measure.remove(output)
     if ran.returncode:
@@ -72,12 +74,13 @@ def _pieces(job: Job, settings: Settings) -> Iterator[Row]:
         yield Row(f"limit: {name} alone", f"{rate:.1f} images/s, CPU {_per(found):.1f} ms/image", rate)
     yield Row("limit: forward alone on one core", f"CPU {_per(alone):.1f} ms/image", _per(alone))
     output = settings.folder / "out"
+    sizes = {"short": settings.images, "long": _LONGER * settings.images}
     sides = {
-        name: partial(measure.run, jobs.extract(job, images, output, settings.options), output)
-        for name, images in (("whole", settings.pictures), ("start", settings.some(1)))
+        name: partial(measure.run, jobs.extract(job, settings.some(size), output, settings.words), output)
+        for name, size in sizes.items()
     }
-    taken = measure.alternate(sides, settings.repeats)
-    rate = measure.steady_rate(settings.images, measure.median(taken["whole"]), measure.median(taken["start"]))
+    taken = {name: measure.median(runs).seconds for name, runs in measure.alternate(sides, settings.repeats).items()}
+    rate = (sizes["long"] - sizes["short"]) / max(taken["long"] - taken["short"], 1e-9)
     for measured, engine in (
         ("end to end ÷ what CPU time allows", alone),
         ("end to end ÷ what CPU time allows, forward on all cores", forward),
@@ -102,8 +105,11 @@ def _store(job: Job, settings: Settings) -> Iterator[Row]:
     ratio = found["raw"] / found["seconds"]
     ours = found["nbytes"] / found["seconds"]
     yield Row("store alone ÷ raw write + fsync", f"{ratio:.3f} ({ours / 1e6:,.0f} of {written / 1e6:,.0f} MB/s)", ratio)
+    early = found["nbytes"] / found["early"]
+    told = f"{ours / early:.3f} ({early / 1e6:,.0f} MB/s)"
+    yield Row("store alone ÷ raw write, laid out before and sent early", told, ours / early)
     output, folder = settings.folder / "out", settings.folder / "npy"
-    measure.run(jobs.extract(job, settings.pictures, output, settings.options), output)
+    measure.run(jobs.extract(job, settings.pictures, output, settings.words), output)
     folder.mkdir()
     found = piece("rows", job, settings, output, folder)
     measure.remove(folder)
@@ -119,10 +125,10 @@ def _store(job: Job, settings: Settings) -> Iterator[Row]:
 def _killed(job: Job, settings: Settings) -> Iterator[Row]:
     """SIGKILL half-way, and the same command again: what that costs over a run that was left alone."""
     output = settings.folder / "out"
-    command = [word for word in jobs.extract(job, settings.pictures, output, settings.options)]
+    command = [word for word in jobs.extract(job, settings.pictures, output, settings.words)]
     command[command.index("overwrite")] = "auto"
     whole = measure.run(command, output).seconds
-    start = measure.run(jobs.extract(job, settings.some(1), output, settings.options), output).seconds
+    start = measure.run(jobs.extract(job, settings.some(1), output, settings.words), output).seconds
     measure.remove(output)
     os.sync()
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -148,14 +154,14 @@ def _done(output: Any) -> int:
 
 
 def _memory(job: Job, settings: Settings) -> Row:
-    """The peak, decoders included, of some pictures and of ten times as many."""
-    output, few = settings.folder / "out", max(settings.images // _MEMORY_SHARE, 1)
-    peaks = [
-        measure.run(
-            jobs.extract(job, settings.some(count), output, settings.options), output, sample=True
-        ).peak
+    """The resident peak of the process that computes and writes; a decoder holds one picture."""
+    output, few = settings.folder / "out", settings.images
+    sides = {
+        str(count): partial(measure.run, jobs.extract(job, settings.some(count), output, settings.words), output)
         for count in (few, 10 * few)
-    ]  # fmt: skip
+    }
+    taken = measure.alternate(sides, _MEMORY_RUNS)
+    peaks = [statistics.median(one.peak for one in runs) for runs in taken.values()]
     measure.remove(output)
     ratio = peaks[1] / peaks[0]
     value = f"{ratio:.3f} × ({peaks[1] / 1e6:,.0f} MB with {10 * few} images, {peaks[0] / 1e6:,.0f} with {few})"
@@ -175,7 +181,7 @@ def _layers(settings: Settings) -> Iterator[Row]:
 def _start_up(job: Job, settings: Settings) -> Iterator[Row]:
     """What a user waits for where nothing is computed."""
     output = settings.folder / "features.h5"
-    measure.run(jobs.extract(job, settings.some(1), output, settings.options), output)
+    measure.run(jobs.extract(job, settings.some(1), output, settings.words), output)
     drawn = settings.folder / "drawn"
     grid = ("show", output, "--image", "000000.jpg", "--stages", "stage1", "-o", drawn / "grid.png")
     commands = {"bbx --help": ("--help",), "bbx info": ("info", output), "bbx show of one grid": grid}

@@ -34,7 +34,8 @@ class RunError(Exception):
 class Taken:
     """What one process took. `synced`: until the disk has it all; `peak` and `nbytes` in bytes.
 
-    `cpu` counts the process and all it waited for; `peak` is 0 where it was not sampled.
+    `cpu` counts the process and all it waited for; `peak` is sampled, of the whole tree, or else, exactly, that of the
+    largest process.
     """
 
     seconds: float
@@ -51,6 +52,8 @@ def run(command: Sequence[str], output: Path | None = None, *, sample: bool = Fa
     os.sync()  # what an earlier run left to be written would be paid for by this one
     with tempfile.TemporaryFile() as said:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        # An installed package has its bytecode; with this set, a checkout would be compiled at every start.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         started = time.perf_counter()
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said, env=environment)
         with _Sampled(child.pid if sample else 0) as sampled:
@@ -64,7 +67,7 @@ def run(command: Sequence[str], output: Path | None = None, *, sample: bool = Fa
             words = said.read().decode(errors="replace").strip().splitlines() or [f"exit code {child.returncode}"]
             raise RunError(next((line for line in words if line.startswith("error:")), words[-1]))
     nbytes = size(output) if output is not None else 0
-    return Taken(seconds, synced, used.ru_utime + used.ru_stime, sampled.peak, nbytes)
+    return Taken(seconds, synced, used.ru_utime + used.ru_stime, sampled.peak or used.ru_maxrss << 10, nbytes)
 
 
 def alternate(sides: Mapping[str, Callable[[], Taken]], repeats: int) -> dict[str, list[Taken]]:

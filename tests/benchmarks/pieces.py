@@ -26,6 +26,8 @@ import torch
 from numpy.typing import NDArray
 
 import bbx
+from bbx.engine import kept_memory
+from bbx.gpu_decode import decoders_for
 from bbx.images import Decoders, decode_one
 from bbx.images.decoders import Answer
 from bbx.loop import run_loop
@@ -78,8 +80,9 @@ class Ready:
     """In the place of `Decoders`: every picture is one that was decoded before, copied into its slot at once."""
 
     cells: NDArray[Any]
+    notes: tuple[str, ...] = ()
 
-    def __init__(self, count: int, settings: object) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
     def submit(self, path: str, slot: NDArray[Any]) -> Future[Answer]:
@@ -97,13 +100,16 @@ class Ready:
 
 
 def forward(plan: Plan) -> dict[str, float]:
-    """The engine alone, as `bbx extract` would run it; a tenth of the rows are run before, to warm up."""
+    """The engine alone, as `bbx extract` would run it; a tenth of the rows are run before, to warm up.
+
+    Timed with it are the making of streams and what is done to a network once, as an extraction has them.
+    """
     found = decode_one(plan.images.path(0), plan.run.preprocess)
     assert not isinstance(found, str), found
     Ready.cells = found
     rows = np.arange(len(plan.images))
     sink = NullSink()
-    with mock.patch("bbx.loop.Decoders", Ready):
+    with mock.patch("bbx.loop.decoders_for", Ready), kept_memory():
         run_loop(plan, sink, rows[: max(len(rows) // 10, 2 * plan.batch_size)], Summary(plan.output, len(rows)))
         sink.nbytes = 0
         started, cpu = time.perf_counter(), time.process_time()
@@ -127,7 +133,7 @@ def decode(plan: Plan) -> dict[str, float]:
                 assert not answer.reason, answer.reason
 
     count = len(plan.images)
-    with Decoders(plan.workers, plan.decoding) as decoders:
+    with decoders_for(plan.workers, plan.decoding, plan.device) as decoders:
         through(decoders, min(count, 4 * plan.workers))  # until all of them have started
         started, cpu = time.perf_counter(), measure.cpu_of_tree(os.getpid())
         through(decoders, count)
@@ -136,7 +142,7 @@ def decode(plan: Plan) -> dict[str, float]:
 
 
 def store(plan: Plan, repeats: int) -> dict[str, float]:
-    """The writer given ready arrays, and the same bytes written plainly, in turn; both until they are on disk."""
+    """The writer given ready arrays, and as many bytes written raw, plainly and early, in turn; all until on disk."""
     size = plan.batch_size
     batches = min(max(1, _STORE_NBYTES // (size * plan.run.row_nbytes)), -(-len(plan.images) // size))
     keys = [f"{row:06}.jpg" for row in range(batches * size)]
@@ -145,7 +151,7 @@ def store(plan: Plan, repeats: int) -> dict[str, float]:
         stage.name: random.standard_normal((size, *stage.shape), np.float32).astype(plan.run.dtype)
         for stage in plan.run.stages
     }
-    ours, theirs, cpu = [], [], []
+    ours, theirs, early, cpu = [], [], [], []
     raw = plan.output.with_suffix(".raw")
     for _ in range(repeats + 1):  # the first is to warm up
         measure.remove(plan.output)
@@ -160,9 +166,11 @@ def store(plan: Plan, repeats: int) -> dict[str, float]:
         measure.remove(plan.output)
         os.sync()
         theirs.append(machine.raw_write(raw, nbytes))
+        os.sync()
+        early.append(machine.raw_write(raw, nbytes, early=True))
     return {
         "images": len(keys), "seconds": statistics.median(ours[1:]), "raw": statistics.median(theirs[1:]),
-        "cpu": statistics.median(cpu[1:]), "nbytes": nbytes,
+        "early": statistics.median(early[1:]), "cpu": statistics.median(cpu[1:]), "nbytes": nbytes,
     }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from tests.benchmarks import pictures
 class Settings:
     """`images` per job; `repeats` of everything that is timed; `options` are passed on to `bbx extract`.
 
+    `device`: where all sides compute.
+
     `rivals`: only these, all where it is empty; `pythons`: the interpreter of a rival that has its own.
     """
 
@@ -24,6 +26,12 @@ class Settings:
     options: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
     pythons: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What every `bbx extract` is told besides its job."""
+        return ("--device", self.device, *self.options)
 
     @property
     def pictures(self) -> Path:

@@ -34,6 +34,7 @@ class Request:
 
     `commit_nbytes`, `commit_seconds`: when a commit starts. `record`: a file for the system calls about `output`, and
     `fault`: which of them go wrong, and how. `file_limit`: RLIMIT_FSIZE in bytes. `ticks`: seconds between SIGALRMs.
+    `threads`: as OMP_NUM_THREADS would have it, which comes too late for a process that has loaded torch.
     """
 
     words: tuple[str, ...]
@@ -45,6 +46,7 @@ class Request:
     fault: Fault | None = None
     file_limit: int = 0
     ticks: float = 0.0
+    threads: int = 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -101,6 +103,9 @@ def run(request: Request) -> NoReturn:
     if request.ticks:
         signal.signal(signal.SIGALRM, lambda *_: None)
         signal.setitimer(signal.ITIMER_REAL, request.ticks, request.ticks)
+    import torch
+
+    torch.set_num_threads(request.threads)
     try:
         code = command(*request.words)
     except KeyboardInterrupt:  # as the interpreter does with one that nobody caught

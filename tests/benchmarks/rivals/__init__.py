@@ -17,7 +17,7 @@ class Rival:
 
     `needs` is the module that must be there to run it. `docs_workers`: the decoding processes of its docs' example, 0
     being none, 2 those of a DataLoader. `cannot`: why a job is not done; `differs`: what it does instead.
-    `equal`: how the decoding is given to bbx's number of workers, or why it cannot be.
+    `equal`: whether the decoding can be given to bbx's number of workers; `moves`: whether its docs compute on a GPU.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Rival:
     cannot: Mapping[str, str] = field(default_factory=dict)
     differs: Mapping[str, str] = field(default_factory=dict)
     equal: bool = True
+    moves: bool = False
 
     @property
     def installed(self) -> bool:
@@ -41,14 +42,15 @@ _NHWC = "swin's maps stay (h, w, c)"
 _WHOLE = "runs the whole network"
 
 RIVALS = (
-    Rival("timm_loop", "timm", "HDF5, a chunk per row", docs_workers=2, differs={
+    Rival("timm_loop", "timm", "HDF5, a chunk per row", docs_workers=2, moves=True, differs={
         "A": _HOOKED, "B": _HOOKED, "C": f"{_HOOKED}; {_POOLED}"}),
-    Rival("torchvision_fx", "torchvision", "an .npz per image", cannot={"C": _NO_LITE}, differs={"A": _NHWC}),
-    Rival("autobackbone", "transformers", "HDF5, a chunk per row",
+    Rival("torchvision_fx", "torchvision", "an .npz per image", moves=True, cannot={"C": _NO_LITE}, differs={
+        "A": _NHWC}),
+    Rival("autobackbone", "transformers", "HDF5, a chunk per row", moves=True,
           cannot={"C": "transformers has no EfficientNet-Lite but through timm, which is timm_loop"},
           differs={"A": f"its own swin: {_WHOLE}, an extra LayerNorm on each map",
                    "B": f"its own resnet: {_WHOLE}"}),
-    Rival("torchextractor_save", "torchextractor", "a .pt per batch", differs={
+    Rival("torchextractor_save", "torchextractor", "a .pt per batch", moves=True, differs={
         "A": f"{_WHOLE}; {_NHWC}", "B": _WHOLE, "C": f"timm's network; {_WHOLE}; {_POOLED}"}),
     Rival("captum_av", "captum", "a .pt per batch and stage", docs_workers=2, differs={
         "A": f"{_WHOLE}; {_NHWC}", "B": _WHOLE, "C": f"timm's network; {_WHOLE}; whole maps, for it cannot pool"}),

@@ -23,13 +23,13 @@ def extract(task: Task) -> None:
     """One HDF5 file, a dataset per stage."""
     kind = {"A": SwinConfig, "B": ResNetConfig}[task.job]
     torch.manual_seed(SEED)
-    network = AutoBackbone.from_config(kind(out_features=list(_STAGES))).eval()
+    network = AutoBackbone.from_config(kind(out_features=list(_STAGES))).eval().to(task.device)
     count, start = len(task.paths), 0
     with h5py.File(task.output, "w") as file, torch.inference_mode():
         for batch in _batches(task):
             for stage, value in zip(network.out_features, network(batch).feature_maps, strict=True):
                 rows = file.require_dataset(stage, (count, *value.shape[1:]), "f4", chunks=(1, *value.shape[1:]))
-                rows[start : start + len(value)] = value.numpy()
+                rows[start : start + len(value)] = value.cpu().numpy()
             start += len(batch)
 
 
@@ -44,7 +44,9 @@ def _batches(task: Task) -> Any:
 def _listed(task: Task, processor: Any) -> Any:
     for start in range(0, len(task.paths), task.batch_size):
         some = task.paths[start : start + task.batch_size]
-        yield processor([Image.open(path).convert("RGB") for path in some], return_tensors="pt")["pixel_values"]
+        yield processor([Image.open(path).convert("RGB") for path in some], return_tensors="pt")["pixel_values"].to(
+            task.device
+        )
 
 
 def _processor(job: str) -> Any:

@@ -19,13 +19,17 @@ Transform = Callable[[Image.Image], Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A job on a folder of JPEGs; `workers` decoding processes, 0: decoded where it is computed, as most docs do."""
+    """A job on a folder of JPEGs, computed on `device`.
+
+    `workers`: decoding processes, 0: decoded where it is computed, as most docs do.
+    """
 
     job: str
     images: Path
     output: Path
     batch_size: int = 32
     workers: int = 0
+    device: str = "cpu"
 
     @property
     def paths(self) -> list[Path]:
@@ -48,16 +52,18 @@ class Pictures(torch.utils.data.Dataset[Any]):
 
 
 def batches(task: Task, transform: Transform) -> Iterator[Tensor]:
-    """`(b, 3, h, w)`, one batch after the other."""
+    """`(b, 3, h, w)` on the task's device, one batch after the other."""
     if task.workers:
-        yield from torch.utils.data.DataLoader(
-            Pictures(task.paths, transform), batch_size=task.batch_size, num_workers=task.workers
-        )
+        loader = torch.utils.data.DataLoader(
+            Pictures(task.paths, transform), batch_size=task.batch_size, num_workers=task.workers,
+            pin_memory=task.device != "cpu",
+        )  # fmt: skip
+        yield from (batch.to(task.device, non_blocking=True) for batch in loader)
         return
     paths = task.paths
     for start in range(0, len(paths), task.batch_size):
         some = paths[start : start + task.batch_size]
-        yield torch.stack([transform(Image.open(path).convert("RGB")) for path in some])
+        yield torch.stack([transform(Image.open(path).convert("RGB")) for path in some]).to(task.device)
 
 
 def from_batches(load: Callable[[Path], Any], files: list[Path], rows: NDArray[np.int64]) -> NDArray[Any]:
@@ -77,4 +83,5 @@ def run(extract: Callable[[Task], None]) -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     extract(Task(**vars(parser.parse_args())))

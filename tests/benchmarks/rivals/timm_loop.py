@@ -22,7 +22,7 @@ _INDICES = {"A": (0, 1), "B": (1, 2), "C": (0, 1, 2, 3, 4)}
 def extract(task: Task) -> None:
     """One HDF5 file, a dataset per stage."""
     spec, paths = TIMM[task.job], task.paths
-    network = spec.build(features_only=True, out_indices=_INDICES[task.job])
+    network = spec.build(features_only=True, out_indices=_INDICES[task.job]).to(task.device)
     stem: list[Tensor] = []
     network.get_submodule(_STEM[task.job]).register_forward_hook(lambda _m, _i, output: stem.append(output))
     with h5py.File(task.output, "w") as file, torch.inference_mode():
@@ -33,7 +33,7 @@ def extract(task: Task) -> None:
             maps = network(batch)
             for stage, value in zip(spec.modules, [*stem, *maps], strict=True):
                 turned = value.permute(0, 3, 1, 2).contiguous() if spec.nhwc else value
-                made = spec.finished(turned).numpy()
+                made = spec.finished(turned).cpu().numpy()
                 if stage not in file:
                     file.create_dataset(stage, (len(paths), *made.shape[1:]), "f4", chunks=(1, *made.shape[1:]))
                 file[stage][start : start + len(made)] = made

@@ -17,7 +17,7 @@ from tests.benchmarks.rivals.task import Task, batches, from_batches, run
 def extract(task: Task) -> None:
     """A folder, `START.pt` per batch."""
     spec = ANY[task.job]
-    network = spec.build()
+    network = spec.build().to(task.device)
     extractor = torchextractor.Extractor(network, list(spec.modules.values()))
     task.output.mkdir()
     start = 0
@@ -25,7 +25,7 @@ def extract(task: Task) -> None:
         for batch in batches(task, spec.transform(network)):
             _, maps = extractor(batch)
             # Cloned: the tensors are the network's own, which it may write over.
-            kept = {stage: spec.finished(maps[module]).clone() for stage, module in spec.modules.items()}
+            kept = {stage: spec.finished(maps[module]).clone().cpu() for stage, module in spec.modules.items()}
             torch.save(kept, task.output / f"{start:07}.pt")
             start += len(batch)
 

@@ -17,13 +17,13 @@ from tests.benchmarks.rivals.task import Task, batches, run
 def extract(task: Task) -> None:
     """A folder, `NAME.npz` per picture."""
     spec = TORCHVISION[task.job]
-    network = spec.build()
+    network = spec.build().to(task.device)
     extractor = create_feature_extractor(network, {module: stage for stage, module in spec.modules.items()})
     task.output.mkdir()
     names = iter(task.paths)
     with torch.inference_mode():
         for batch in batches(task, spec.transform(network)):
-            maps = extractor(batch)
+            maps = {stage: value.cpu() for stage, value in extractor(batch).items()}
             for place in range(len(batch)):
                 row = {stage: value[place].numpy() for stage, value in maps.items()}
                 np.savez(task.output / f"{next(names).stem}.npz", **row)

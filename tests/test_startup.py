@@ -1,0 +1,49 @@
+"""What each command loads, and above all what not: a start is as slow as its imports."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MAIN = """
+import sys
+from pathlib import Path
+from bbx.cli import main
+try:
+    main()
+finally:
+    Path("loaded.txt").write_text(" ".join(sys.modules))
+"""
+READS = {"h5py", "numpy"}
+FRAMEWORKS = {"torch", "torchvision", "timm", "transformers", "matplotlib.pyplot", "IPython", "pandas"}
+# The command, what it cannot do without, what it never needs.
+COMMANDS = [
+    ("--help", {"typer"}, {"numpy", "h5py", "rich", "importlib.metadata"}),
+    ("extract --help", {"typer"}, {"numpy", "h5py", "rich"}),
+    ("models res* --provider torchvision", {"bbx.providers.catalog", "rich"}, {"numpy", "h5py", "bbx.store"}),
+    ("models res* --json", {"bbx.providers.catalog"}, {"numpy", "h5py", "bbx.store", "rich"}),
+    ("info f.h5", {*READS, "rich"}, {"PIL", "matplotlib"}),
+    ("info f.h5 --json", READS, {"PIL", "matplotlib", "rich"}),
+    ("show f.h5 --image 0 --stages stem -o one.png", {*READS, "matplotlib.figure"}, {"bbx.images", "rich"}),
+    ("verify f.h5", READS, {"matplotlib"}),
+    ("diff f.h5 f.h5", READS, {"matplotlib", "PIL"}),
+    ("merge f.h5 -o merged.h5", READS, {"matplotlib", "PIL"}),
+    ("export f.h5 --to npy", READS, {"matplotlib", "PIL"}),
+]
+
+
+@pytest.fixture
+def file(bbx_cli, pictures) -> Path:
+    """A feature file of all stages, `f.h5` in the current folder."""
+    assert bbx_cli("extract", "-q", "--model", "toy", "--stages", "all", pictures, "-o", "f.h5").code == 0
+    return Path("f.h5")
+
+
+@pytest.mark.parametrize(("command", "needed", "spared"), COMMANDS, ids=[command for command, _, _ in COMMANDS])
+def test_a_command_loads_what_it_uses(file, command, needed, spared):
+    ran = subprocess.run([sys.executable, "-c", MAIN, *command.split()], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    loaded = set(Path("loaded.txt").read_text().split())
+    assert needed <= loaded
+    assert sorted((FRAMEWORKS | spared) & loaded) == []
