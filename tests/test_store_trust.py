@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bbx.errors import BbxError, FileError
-from bbx.store import FeatureFile, check_target, format
+from bbx.store import FeatureFile, check_target, format, trust
 from tests.test_store_toys import KEYS, RUN, make, relabel, row_maps
 
 
@@ -165,6 +165,7 @@ def test_hostile_file_is_refused(out: Path, attack: Callable[[h5py.File], None])
     with pytest.raises(FileError, match=ATTACKS[attack]) as caught:
         FeatureFile(out)
     assert str(out) in caught.value.message
+    assert caught.value.hint
 
 
 def test_deflated_stage_cannot_be_larger_than_deflate_allows(tmp_path: Path) -> None:
@@ -208,6 +209,22 @@ def test_something_else_is_refused(out: Path, data: bytes) -> None:
 def test_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="is a folder"):
         FeatureFile(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["_descriptor", "inspect"])
+def test_a_file_that_is_moved_while_it_is_opened_is_an_error_that_says_so(out: Path, monkeypatch, moment) -> None:
+    before = getattr(trust, moment)
+
+    def moved_after(*args: object) -> object:
+        result = before(*args)
+        out.rename(out.with_name("moved.h5"))
+        return result
+
+    monkeypatch.setattr(trust, moment, moved_after)
+    with pytest.raises(FileError, match="went away while it was opened") as caught:
+        FeatureFile(out)
+    assert str(out) in caught.value.message
+    assert caught.value.hint
 
 
 def test_torn_attempt_is_told_and_not_raised(out: Path) -> None:

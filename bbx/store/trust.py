@@ -94,7 +94,7 @@ class OpenFile:
         """The commit record as it is now, uint8 `(n,)`."""
         status = self.rows(format.STATUS, 0, self.facts.rows).astype(np.uint8, copy=False)
         if status.max() > format.FAILED:
-            raise FileError(f"{self.path} is damaged: a row has status {status.max()}")
+            raise FileError(f"{self.path} is damaged: a row has status {status.max()}", _HINT)
         return status
 
     def row_facts(self, start: int, keys: Sequence[bytes]) -> format.RowFacts:
@@ -141,16 +141,22 @@ def guarded(path: Path) -> Iterator[None]:
     try:
         yield
     except FileError as error:
-        if str(path) in error.message:
-            raise
-        raise FileError(f"{path}: {error.message}", error.hint) from None
+        message = error.message if str(path) in error.message else f"{path}: {error.message}"
+        raise FileError(message, error.hint or _HINT) from None
     except BbxError:
         raise
+    except FileNotFoundError:
+        raise went_away(path) from None
     except BlockingIOError as error:
         raise FileError(f"{path} is open for writing in another program", "close it there") from error
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         raise FileError(f"{path} is damaged, or no feature file ({text[:300]})", _HINT) from error
+
+
+def went_away(path: Path) -> FileError:
+    """The error for a file that was there a moment ago."""
+    return FileError(f"{path} went away while it was opened", "see where it, or its folder, was moved to, and try again")
 
 
 def open_checked(path: Path, *, allow_virtual: bool = True) -> OpenFile:
@@ -173,7 +179,7 @@ def open_checked(path: Path, *, allow_virtual: bool = True) -> OpenFile:
             file.close()
         except FileNotFoundError:
             os.close(fd)
-            raise FileError(f"{path} went away while it was opened") from None
+            raise went_away(path) from None
         except BaseException:
             os.close(fd)
             raise
