@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bbx.backbone import Backbone, normalise
 from bbx.bits import same_bits
-from bbx.engine import EngineSettings, Work, choose, grow, kept_memory
+from bbx.engine import EngineSettings, Work, choose, grow, kept_memory, usual_batch
 from bbx.engine import deterministic as only_deterministic
 from bbx.errors import ImageError, UsageError
 from bbx.gpu_decode import can_decode, check_device, decoders_for
@@ -47,9 +47,6 @@ from bbx.spec import (
     one_of,
 )
 from bbx.store import FeatureFile, FeatureWriter, Target, check_target
-
-# On a CPU eight images were the fastest of 4, 8, 16 and 32 (swin-tiny, two cores): larger maps fall out of its caches.
-BATCH_SIZES = {"cpu": 8}
 
 USUAL: dict[str, Any] = {
     "model": "", "config": None, "stages": None, "layers": (), "weights": "auto", "seed": 0, "size": None,
@@ -119,10 +116,10 @@ def extract(
     `(c, h, w)`.
     `like`, a feature file, says all of the above where the call does not; without `images`, its images are meant.
     `skip_in`, a feature file: only the images that it does not hold, or holds in an older version.
-    `batch_size`: images in a batch, default 8 on a CPU and 64 elsewhere, `auto` measures what is best; a CPU computes a
-    batch per thread at once, of 8 at most and 64 images in all. `workers`: decoding
-    processes, default the cores; `engine`: `compile` has torch.compile make code for the network, where the job is long
-    enough to pay for it;
+    `batch_size`: images in a batch, default 8 on a CPU, 4 where it computes attention, and 64 elsewhere; `auto`
+    measures what is best; a CPU computes a batch per thread at once, of 8 at most and 64 images in all. `workers`:
+    decoding processes, default the cores; `engine`: `compile` has torch.compile make code for the network, where the
+    job is long enough to pay for it;
     `channels_last`: whether maps are so laid out in memory while computing.
     `image_timeout` in seconds and `max_pixels` are what one image may take; `digest`: record that of each input file.
     `deterministic`: only algorithms that give the same bits each time, each row at its own place of a whole batch.
@@ -217,7 +214,7 @@ def _batch_size(
     target: Target,
 ) -> tuple[int, str]:
     """How many images at once, and what a measurement said of it, if there was one."""
-    usual = BATCH_SIZES.get(device.type, 64)
+    usual = usual_batch(backbone, device)
     if wish != "auto":
         return wish or usual, ""
     if not target.pending:

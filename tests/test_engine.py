@@ -20,7 +20,7 @@ from torch import nn
 
 import bbx
 from bbx.backbone import Backbone, normalise
-from bbx.engine import EngineSettings, choose, kept_memory, settings
+from bbx.engine import EngineSettings, choose, kept_memory, settings, usual_batch
 from bbx.engine.fold import foldable
 from bbx.engine.memory import keep
 from bbx.engine.pack import PackedWeight
@@ -28,7 +28,7 @@ from bbx.engine.prepare import prepared
 from bbx.engine.replica import replica
 from bbx.engine.switches import deterministic, own_threads, usual_threads
 from bbx.errors import StartError, UsageError
-from bbx.providers import load_backbone
+from bbx.providers import load_backbone, load_structure
 from bbx.runner import extract
 from tests.conftest import EXTRAS
 from tests.test_loop import TOLERANCE, largest_difference
@@ -382,6 +382,13 @@ def test_convnets_are_computed_channels_last(model, last):
     assert choose(backbone, CPU, rows=100, batch_size=8).channels_last is last
     assert choose(backbone, CPU, channels_last="yes", rows=100, batch_size=8).channels_last
     assert not choose(backbone, CPU, channels_last="no", rows=100, batch_size=8).channels_last
+
+
+@pytest.mark.parametrize(("model", "size"), [("swin_t", 4), ("vit_b_32", 4), ("resnet18", 8), ("convnext_tiny", 8)])
+def test_a_cpu_is_given_smaller_batches_where_it_computes_attention(model, size):
+    backbone = load_structure(model)
+    assert usual_batch(backbone, CPU) == size
+    assert usual_batch(backbone, torch.device("cuda")) == 64
 
 
 @pytest.mark.parametrize(

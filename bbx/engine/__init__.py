@@ -3,7 +3,7 @@
 from bbx.engine.compute import Computed, Work, pooled
 from bbx.engine.memory import kept_memory
 from bbx.engine.probe import Growth, Tried, forward_rate, grow, noise
-from bbx.engine.settings import EngineSettings, choose
+from bbx.engine.settings import EngineSettings, choose, usual_batch
 from bbx.engine.streams import Streams
 from bbx.engine.switches import deterministic, usual_threads
 
@@ -21,5 +21,6 @@ __all__ = [
     "kept_memory",
     "noise",
     "pooled",
+    "usual_batch",
     "usual_threads",
 ]
