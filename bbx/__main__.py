@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from typing import NoReturn
@@ -9,6 +10,7 @@ from typing import NoReturn
 
 def run() -> NoReturn:
     """Runs the command; exits with its code."""
+    gc.disable()  # until the command has loaded what it needs: see `bbx.cli.app.loading`
     # Until there is somebody to tell of a Ctrl-C, and something to save, it just ends the process.
     before = signal.getsignal(signal.SIGINT)
     if before == signal.default_int_handler:

@@ -149,6 +149,8 @@ def wait(*_, **__):
     print("here", flush=True)
     open("never").read()
 
+if "{fate}" == "parse":
+    type(bbx.cli.app).__call__ = wait
 bbx.store.reader.FeatureFile.__init__ = wait if "{fate}" == "wait" else crash
 sys.argv = ["bbx", "info", "x.h5"]
 bbx.cli.run()
@@ -156,14 +158,18 @@ bbx.cli.run()
 
 
 def meeting(tmp_path: Path, fate: str) -> subprocess.Popen[str]:
-    """`bbx info x.h5`, where HDF5 crashes by a signal, or waits for ever."""
+    """`bbx info x.h5`, where HDF5 crashes by a signal, or it or the reading of the command line waits for ever."""
     code = MEETING.format(root=str(Path(__file__).parent.parent), fate=fate)
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, start_new_session=True)
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["when called", "before it is called"])
 @pytest.mark.parametrize("fate", ["SIGSEGV", "SIGABRT", "SIGBUS"])
-def test_a_crash_of_hdf5_is_an_error_of_the_file(tmp_path: Path, fate: str) -> None:
+def test_a_crash_of_hdf5_is_an_error_of_the_file(tmp_path: Path, fate: str, ahead: bool) -> None:
+    if ahead:
+        (tmp_path / "x.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     run = meeting(tmp_path, fate)
     assert f"HDF5 crashed on it ({fate}): bbx info x.h5" in run.communicate()[1]
     assert run.returncode == 3
@@ -177,6 +183,32 @@ def test_a_signal_reaches_the_command_behind_the_shield(tmp_path: Path) -> None:
     run.send_signal(signal.SIGTERM)
     run.communicate()
     assert run.returncode == 143
+
+
+def test_a_ctrl_c_while_the_command_line_is_read_is_told_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "never")
+    run = meeting(tmp_path, "parse")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "here\n"
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate() == ("", "error: stopped by SIGINT\n  hint: the same command starts again\n")
+    assert run.returncode == 130
+
+
+@pytest.mark.parametrize("name", [b"\xff.h5", "\N{SNOWMAN} 1.h5".encode(), b"{}.h5"])
+def test_a_file_of_any_name_reaches_the_command_behind_the_shield(done: Path, name: bytes) -> None:
+    done.rename(done.with_name(os.fsdecode(name)))
+    command = [sys.executable, "-m", "bbx", "info", name]
+    ran = subprocess.run(command, capture_output=True, check=False, cwd=done.parent)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert b"stage1" in ran.stdout
+
+
+def test_what_is_wrong_with_the_command_line_is_told_once_and_at_once(done: Path) -> None:
+    command = [sys.executable, "-m", "bbx", "info", done.name, "--jsn"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=done.parent)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("error: ")) == (2, "", 1)
+    assert "--json" in ran.stderr
 
 
 def test_no_command_outlives_its_parent(tmp_path: Path) -> None:

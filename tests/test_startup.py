@@ -1,19 +1,24 @@
 """What each command loads, and above all what not: a start is as slow as its imports."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bbx.cli import app
+
 MAIN = """
-import sys
+import gc, sys
 from pathlib import Path
+gc.disable()  # as `bbx` itself begins
 from bbx.cli import main
 try:
     main()
 finally:
     Path("loaded.txt").write_text(" ".join(sys.modules))
+    Path("collects.txt").write_text(str(gc.isenabled()))
 """
 READS = {"h5py", "numpy"}
 FRAMEWORKS = {"torch", "torchvision", "timm", "transformers", "matplotlib.pyplot", "IPython", "pandas"}
@@ -47,3 +52,9 @@ def test_a_command_loads_what_it_uses(file, command, needed, spared):
     loaded = set(Path("loaded.txt").read_text().split())
     assert needed <= loaded
     assert sorted((FRAMEWORKS | spared) & loaded) == []
+    assert Path("collects.txt").read_text() == str("--help" not in command)
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
+def test_every_command_has_the_collector_work_again_once_it_has_loaded(command):
+    assert "with loading():" in inspect.getsource(command.callback)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
@@ -64,22 +65,29 @@ def _run() -> NoReturn:
         one for one in app.registered_commands if (one.name or getattr(one.callback, "__name__", "")) in sys.argv[1:2]
     ]
     app.registered_commands = wanted or app.registered_commands
-    if hasattr(os, "fork") and sys.argv[1:2] and sys.argv[1] in READING:
-        try:
-            shielded(main)
-        except BbxError as problem:
-            _fail(problem)
-        except KeyboardInterrupt:
-            _interrupted()
-    main()
+
+    def command() -> object:
+        for one in wanted:
+            if one.callback and sys.argv[1] in READING and hasattr(os, "fork"):
+                one.callback = shielded(one.callback, _ending)
+        return app(standalone_mode=False)
+
+    _ending(command)
 
 
 def main() -> NoReturn:
     """Runs the command, prints any error on stderr, exits with its documented code."""
+    _ending(lambda: app(standalone_mode=False))
+
+
+def _ending(command: Callable[[], object]) -> NoReturn:
+    """Calls `command`, and exits with the documented code of whatever comes of it, any error on stderr."""
     # A feature file from a stranger must not make HDF5 load a filter plugin; read when h5py is first imported.
     os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(command() or 0)  # type: ignore[arg-type]  # the code that Typer has made of an Exit
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):  # which Typer makes an exit of its own
             _refused(ended.__context__)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bbx.cli.app import Batch, Json, Size, Stages, app, given, parse_batch_size, parse_size, print_json
+from bbx.cli.app import Batch, Json, Size, Stages, app, given, loading, parse_batch_size, parse_size, print_json
 from bbx.cli.signals import signals
 from bbx.spec import Dtype, Engine, Precision
 
@@ -32,8 +32,9 @@ def bench(
 ) -> None:
     """Measure decode, forward, store and all together on this machine, and say which engine and batch size to use."""
     with signals():
-        from bbx import facts, speed
-        from bbx.bench import bench as measure
+        with loading():
+            from bbx import facts, speed
+            from bbx.bench import bench as measure
 
         options = given(
             stages=stages, device=device, batch_size=parse_batch_size(batch_size), workers=workers, engine=engine,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bbx.cli.app import EXIT_CODES, Json, MaxPixels, Quiet, Timeout, Weights, app, given, print_json
+from bbx.cli.app import EXIT_CODES, Json, MaxPixels, Quiet, Timeout, Weights, app, given, loading, print_json
 from bbx.cli.signals import signals
 from bbx.spec import Compress
 
@@ -34,8 +34,9 @@ def verify(
 ) -> None:
     """Check a feature file: structure, marks, every row's checksum and seal; and extract some rows again."""
     with signals():
-        from bbx import reports
-        from bbx.verify import verify as check
+        with loading():
+            from bbx import reports
+            from bbx.verify import verify as check
 
         options = given(
             recompute=recompute, root=root, weights=weights, device=device, seed=seed, tolerance=tolerance,
@@ -60,8 +61,9 @@ def diff(
 ) -> None:
     """Compare two feature files: features per stage, images, and what was recorded of how they were made."""
     with signals():
-        from bbx import reports
-        from bbx.diff import diff as compare
+        with loading():
+            from bbx import reports
+            from bbx.diff import diff as compare
 
         options = given(stages=stages, tolerance=tolerance)
         with nullcontext() if quiet else reports.progress("comparing") as progress:
@@ -88,9 +90,10 @@ def merge(
 ) -> None:
     """Put feature files together: the rows of many, or the stages of files with the same rows."""
     with signals():
-        from bbx import reports
-        from bbx.provenance import command_facts
-        from bbx.store.merge import merge as put_together
+        with loading():
+            from bbx import reports
+            from bbx.provenance import command_facts
+            from bbx.store.merge import merge as put_together
 
         options = given(compress=compress, overlap=overlap, mode=mode)
         with nullcontext() if quiet else reports.progress("merging") as progress:
@@ -117,8 +120,9 @@ def export(
 ) -> None:
     """Write the finished rows for other programs: one .npy per stage, Zarr, safetensors or Parquet."""
     with signals():
-        from bbx import reports
-        from bbx.export import export as write
+        with loading():
+            from bbx import reports
+            from bbx.export import export as write
 
         options = given(to=to, stages=stages, missing=missing)
         with nullcontext() if quiet else reports.progress("exporting") as progress:

@@ -107,13 +107,15 @@ def stages_command(
     as_json: Json = False,
 ) -> None:
     """Print what stem and stages of a backbone are: module, channels, stride, size, cost, preprocessing."""
-    from bbx import console, facts
+    with loading():
+        from bbx import console, facts
 
     options = given(weights=weights, size=parse_size(size), norm=norm, tokens=tokens)
     if model is None and config is None:
         raise UsageError("which model? bbx stages NAME", "bbx models lists them")
     if compare:
-        from bbx.compare import compare as side_by_side
+        with loading():
+            from bbx.compare import compare as side_by_side
 
         if config or set(options) - {"size"}:
             raise UsageError("--compare takes a model's name and --size alone", f"bbx stages {model} --compare")
@@ -141,7 +143,8 @@ def models(
     as_json: Json = False,
 ) -> None:
     """List the models: name, alias, provider, family, parameters, stride, weights (* on this machine)."""
-    from bbx.providers import list_models
+    with loading():
+        from bbx.providers import list_models
 
     filters = given(provider=provider, family=family, parameters=parameters, stride=stride)
     found = list_models(pattern, here=here, **filters)

@@ -1,8 +1,13 @@
-"""Read feature files in a child process: HDF5 itself can crash on a damaged one, and that must be an error, too."""
+"""Read feature files in a child process: HDF5 itself can crash on a damaged one, and that must be an error, too.
+
+The child loads HDF5 and opens the files while this process reads the command line, which takes Typer as long.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import json
 import os
 import signal
 import sys
@@ -10,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from bbx.errors import FileError
 
@@ -18,6 +23,7 @@ READING = ("info", "show", "verify", "diff", "export")
 """The commands that open files which anybody may have made. Extraction and merging are not among them: a second process
 of theirs could outlive the one that holds the lock."""
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OPEN_SECONDS = 10
 _HINT = "the file is damaged: take another copy of it"
 _CRASHES = {
@@ -25,23 +31,54 @@ _CRASHES = {
 }
 
 
-def shielded(main: Callable[[], NoReturn]) -> None:
-    """Runs `main`, which exits, in a child, and exits as it did. Raises `FileError` where it crashed."""
-    parent, mask = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+def shielded(command: Callable[..., None], ending: Callable[[Callable[[], object]], NoReturn]) -> Callable[..., None]:
+    """The same `command`, to be called once, for a child to carry out, which starts here and now.
+
+    In the child, `ending` calls it and exits, whatever comes of it; the call here exits as the child did, or raises
+    `FileError` where that crashed. A child that is not called, for the command line was wrong, goes by itself.
+    """
+    parent, mask = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    receiving, sending = os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.close(sending)
         _end_with(parent)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        # A Ctrl-C is the parent's to tell of until it calls; a SIGTERM just ends both.
+        signal.pthread_sigmask(signal.SIG_SETMASK, {*mask, signal.SIGINT})
         _try_to_open([Path(word) for word in sys.argv[2:] if not word.startswith("-")])
-        main()
+        with os.fdopen(receiving, "rb") as pipe:
+            words = pipe.read()
+        if not words:
+            os._exit(0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        ending(lambda: command(**json.loads(words)))
+    os.close(receiving)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    @functools.wraps(command)  # which Typer takes the options from
+    def call(**words: Any) -> None:
+        _let_pass(pid, mask)
+        with suppress(BrokenPipeError), os.fdopen(sending, "wb") as pipe:  # broken: it crashed as it opened a file
+            pipe.write(json.dumps(words).encode())
+        _end_as(pid)
+
+    return call
+
+
+def _let_pass(pid: int, mask: set[Any]) -> None:
+    """Leaves signals to the child: a terminal's Ctrl-C reaches it by itself, a SIGTERM to this process does not."""
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
         os.kill(pid, signum)
 
-    # A terminal's Ctrl-C reaches the child by itself; a SIGTERM to this process alone does not.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, pass_on)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _end_as(pid: int) -> NoReturn:
+    """Exits as the child does. Raises `FileError` where HDF5 crashes it."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if -code == signal.SIGXCPU:
         raise FileError(f"HDF5 does not come to an end with it: {_command()}", _HINT)

@@ -156,7 +156,9 @@ def guarded(path: Path) -> Iterator[None]:
 
 def went_away(path: Path) -> FileError:
     """The error for a file that was there a moment ago."""
-    return FileError(f"{path} went away while it was opened", "see where it, or its folder, was moved to, and try again")
+    return FileError(
+        f"{path} went away while it was opened", "see where it, or its folder, was moved to, and try again"
+    )
 
 
 def open_checked(path: Path, *, allow_virtual: bool = True) -> OpenFile:
