@@ -150,7 +150,8 @@ def wait(*_, **__):
     open("never").read()
 
 if "{fate}" == "parse":
-    type(bbx.cli.app).__call__ = wait
+    import typer.core
+    typer.core.TyperCommand.make_context = wait
 bbx.store.reader.FeatureFile.__init__ = wait if "{fate}" == "wait" else crash
 sys.argv = ["bbx", "info", "x.h5"]
 bbx.cli.run()
@@ -209,6 +210,72 @@ def test_what_is_wrong_with_the_command_line_is_told_once_and_at_once(done: Path
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=done.parent)
     assert (ran.returncode, ran.stdout, ran.stderr.count("error: ")) == (2, "", 1)
     assert "--json" in ran.stderr
+
+
+def test_a_ctrl_c_while_a_file_is_opened_ahead_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "never")
+    (tmp_path / "x.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    run = meeting(tmp_path, "wait")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "here\n"
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate() == ("", "error: stopped by SIGINT\n  hint: the same command starts again\n")
+    assert run.returncode == 130
+
+
+def test_a_pipe_is_no_feature_file_and_is_not_waited_for(done: Path) -> None:
+    os.mkfifo(done.parent / "pipe.h5")
+    command = [sys.executable, "-m", "bbx", "info", "pipe.h5"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=done.parent, timeout=60)
+    assert (ran.returncode, ran.stdout) == (3, "")
+    assert "pipe.h5 is no regular file" in ran.stderr
+
+
+BROKEN = """
+import os, resource, sys
+sys.path.insert(0, {root!r})
+import bbx.cli, bbx.cli.shield
+
+def refused(*_, **__):
+    raise OSError(11, "Resource temporarily unavailable")
+
+if "{fate}" == "open":
+    bbx.cli.shield._try_to_open = refused
+else:
+    setattr(os, "{fate}", refused)
+sys.argv = ["bbx", "info", *{words!r}]
+bbx.cli.run()
+"""
+
+
+def broken(done: Path, fate: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`bbx info WORDS` where a call of the shield fails."""
+    code = BROKEN.format(root=str(Path(__file__).parent.parent), fate=fate, words=words)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=done.parent)
+
+
+@pytest.mark.parametrize("fate", ["fork", "pipe"])
+def test_a_system_that_refuses_the_shield_is_an_error_that_says_so(done: Path, fate: str) -> None:
+    ran = broken(done, fate, done.name)
+    assert (ran.returncode, ran.stdout) == (3, "")
+    assert ran.stderr.startswith("error: no process can be started to read the file in: Resource temporarily")
+    assert "ulimit -u" in ran.stderr
+    assert broken(done, fate, "--help").returncode == 0
+
+
+def test_what_fails_ahead_is_not_told_before_it_fails_again(done: Path) -> None:
+    ran = broken(done, "open", done.name)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "stage1" in ran.stdout
+
+
+def test_a_locale_without_the_signs_of_a_table_is_no_error(done: Path) -> None:
+    command = [sys.executable, "-m", "bbx", "info", done.name]
+    narrow = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+    narrow.pop("PYTHONIOENCODING", None)
+    ran = subprocess.run(command, capture_output=True, check=False, cwd=done.parent, env=narrow)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert b"stage1" in ran.stdout
 
 
 def test_no_command_outlives_its_parent(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ left out are left to the library, where the defaults live.
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from bbx.cli.bench import bench
 from bbx.cli.extraction import extract
 from bbx.cli.files import diff, export, merge, verify
 from bbx.cli.look import info, models, show, stages_command
-from bbx.cli.shield import READING, shielded
+from bbx.cli.shield import can_shield, shielded
 from bbx.cli.signals import Signalled
 from bbx.errors import BbxError, InterruptedRunError, StartError, UsageError, WriteError
 
@@ -44,6 +45,7 @@ __all__ = [
 
 _NO_READER = 141
 """The exit code where whoever read standard output is gone: 128 + SIGPIPE, what a shell has of any such program."""
+_CTRL_C = 130
 _NO_MEMORY = ("failed to map segment", "annot allocate memory")
 _ORDER = (extract, show, stages_command, models, info, verify, diff, bench, merge, export)
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.callback))  # as the help lists them
@@ -53,6 +55,8 @@ for _command in app.registered_commands:
 
 def run() -> NoReturn:
     """The `bbx` command: as `main`, proof against files on which HDF5 crashes, and gone once it is done."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale that has no × is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _run()
     except SystemExit as ended:
@@ -68,7 +72,7 @@ def _run() -> NoReturn:
 
     def command() -> object:
         for one in wanted:
-            if one.callback and sys.argv[1] in READING and hasattr(os, "fork"):
+            if one.callback and can_shield(sys.argv[1:]):
                 one.callback = shielded(one.callback, _ending)
         return app(standalone_mode=False)
 
@@ -85,7 +89,10 @@ def _ending(command: Callable[[], object]) -> NoReturn:
     # A feature file from a stranger must not make HDF5 load a filter plugin; read when h5py is first imported.
     os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
     try:
-        sys.exit(command() or 0)  # type: ignore[arg-type]  # the code that Typer has made of an Exit
+        code = command()  # what Typer has made of an Exit, or of a Ctrl-C
+        if code == _CTRL_C:
+            raise KeyboardInterrupt
+        sys.exit(code or 0)  # type: ignore[arg-type]
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
     except SystemExit as ended:
@@ -126,10 +133,13 @@ def _leave(ended: SystemExit) -> NoReturn:
 
 
 def _fail(problem: BbxError) -> NoReturn:
-    from bbx import console
-
     with suppress(OSError):  # the streams may be what failed: the exit code tells it all the same
-        console.error(problem)
+        try:
+            from bbx import console
+        except (ImportError, MemoryError):  # too little memory for Rich, too
+            print(f"error: {problem.message}\n  hint: {problem.hint}", file=sys.stderr)  # noqa: T201 # the one place
+        else:
+            console.error(problem)
         if "--json" in sys.argv:
             print_json({"error": problem.message, "hint": problem.hint, "exit_code": problem.exit_code})
     sys.exit(problem.exit_code)

@@ -17,18 +17,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from bbx.errors import FileError
+from bbx.errors import FileError, InterruptedRunError, StartError
 
 READING = ("info", "show", "verify", "diff", "export")
 """The commands that open files which anybody may have made. Extraction and merging are not among them: a second process
 of theirs could outlive the one that holds the lock."""
 
+_HELP = {"-h", "--help"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OPEN_SECONDS = 10
 _HINT = "the file is damaged: take another copy of it"
 _CRASHES = {
     getattr(signal, name) for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL") if hasattr(signal, name)
 }
+
+
+def can_shield(words: list[str]) -> bool:
+    """Whether the command line `words` is one that reads files, on a system that has children of this kind."""
+    return words[:1] != [] and words[0] in READING and hasattr(os, "fork") and not _HELP & set(words)
 
 
 def shielded(command: Callable[..., None], ending: Callable[[Callable[[], object]], NoReturn]) -> Callable[..., None]:
@@ -38,19 +44,27 @@ def shielded(command: Callable[..., None], ending: Callable[[Callable[[], object
     `FileError` where that crashed. A child that is not called, for the command line was wrong, goes by itself.
     """
     parent, mask = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    receiving, sending = os.pipe()
-    pid = os.fork()
+    try:
+        receiving, sending = os.pipe()
+        pid = os.fork()
+    except OSError as error:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        hint = "end what else runs, or raise the limit on processes (ulimit -u) or on open files (ulimit -n)"
+        raise StartError(f"no process can be started to read the file in: {error.strerror}", hint) from error
     if pid == 0:
         os.close(sending)
         _end_with(parent)
-        # A Ctrl-C is the parent's to tell of until it calls; a SIGTERM just ends both.
-        signal.pthread_sigmask(signal.SIG_SETMASK, {*mask, signal.SIGINT})
-        _try_to_open([Path(word) for word in sys.argv[2:] if not word.startswith("-")])
+        handler = signal.getsignal(signal.SIGINT)
+        if handler != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells of a Ctrl-C until it has called
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with suppress(Exception):  # whatever it is comes again when it is called
+            _try_to_open([Path(word) for word in sys.argv[2:] if not word.startswith("-")])
         with os.fdopen(receiving, "rb") as pipe:
             words = pipe.read()
         if not words:
             os._exit(0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
         ending(lambda: command(**json.loads(words)))
     os.close(receiving)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -69,7 +83,8 @@ def _let_pass(pid: int, mask: set[Any]) -> None:
     """Leaves signals to the child: a terminal's Ctrl-C reaches it by itself, a SIGTERM to this process does not."""
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
-        os.kill(pid, signum)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signum)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -78,8 +93,11 @@ def _let_pass(pid: int, mask: set[Any]) -> None:
 
 
 def _end_as(pid: int) -> NoReturn:
-    """Exits as the child does. Raises `FileError` where HDF5 crashes it."""
+    """Exits as the child does. Raises `FileError` where HDF5 crashes it, `InterruptedRunError` for an early Ctrl-C."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is nobody left to end
+    if -code == signal.SIGINT:
+        raise InterruptedRunError("stopped by SIGINT", "the same command starts again")
     if -code == signal.SIGXCPU:
         raise FileError(f"HDF5 does not come to an end with it: {_command()}", _HINT)
     if -code in _CRASHES:
@@ -121,6 +139,8 @@ def _try_to_open(files: list[Path]) -> None:
 
 def _is_hdf5(path: Path) -> bool:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
         with path.open("rb") as file:
             return file.read(8) == b"\x89HDF\r\n\x1a\n"
     except (OSError, ValueError):
