@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, cell_dtype, find_i
 from bbx.images.decoders import TIMEOUT
 from bbx.loop import Progress, run_loop
 from bbx.machine import cores
+from bbx.options import check_batch_size, check_numbers, check_words, sides, whole
 from bbx.plan import Plan, Summary, attempt, find_device, free_nbytes
 from bbx.rates import LONG, measured
 from bbx.rebuild import Request, check_weights, config_of, images_of, options_of
@@ -44,7 +44,6 @@ from bbx.spec import (
     ResizeMode,
     RunSpec,
     Stage,
-    one_of,
 )
 from bbx.store import FeatureFile, FeatureWriter, Target, check_target
 
@@ -134,15 +133,15 @@ def extract(
     """
     wishes = {
         "model": model, "config": config_of(config), "stages": stages, "layers": layers, "weights": weights,
-        "seed": None if seed is None else _whole("seed", seed), "size": _sides(size), "resize_mode": resize_mode,
+        "seed": None if seed is None else whole("seed", seed), "size": sides(size), "resize_mode": resize_mode,
         "exif": exif, "decode": decode, "norm": norm, "tokens": tokens, "dtype": dtype, "precision": precision,
         "pool": pool,
     }  # fmt: skip
     given = {name: value for name, value in wishes.items() if value is not None}
-    _check_batch_size(batch_size, deterministic=deterministic)
-    _check_numbers(workers=workers, image_timeout=image_timeout, max_pixels=max_pixels)
+    check_batch_size(batch_size, deterministic=deterministic)
+    check_numbers(workers=workers, image_timeout=image_timeout, max_pixels=max_pixels)
     words = {"mode": mode, "on_error": on_error, "compress": compress, "engine": engine, "channels_last": channels_last}
-    _check_words({**words, **given})
+    check_words({**words, **given})
     if retry_failed and images is None and like is None and not given:
         like = output  # nothing but the file itself says what it is to be like
     where = find_device(device)
@@ -295,42 +294,6 @@ def _as_recorded(backbone: Backbone, run: RunSpec, given: set[str]) -> Backbone:
     return backbone if given & _INPUT else replace(backbone, preprocess=run.preprocess)
 
 
-def _whole(name: str, value: Any) -> int:
-    """Any kind of whole number as Python's own. Raises `UsageError`."""
-    if not isinstance(value, Integral):
-        raise UsageError(f"--{name} cannot be {value!r}", "a whole number")
-    return int(value)
-
-
-def _sides(size: Any) -> tuple[int, int] | None:
-    """`224` or `(height, width)` as the latter. Raises `UsageError`."""
-    sides = size if isinstance(size, tuple | list) else (size, size)
-    if size is None:
-        return None
-    if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
-        raise UsageError(f"--size cannot be {size!r}", "whole pixels: 224, or (height, width)")
-    return int(sides[0]), int(sides[1])
-
-
-def _check_numbers(**options: float | None) -> None:
-    """Raises `UsageError` for what is no number above zero."""
-    for name, value in options.items():
-        kind = Integral if name in ("workers", "max_pixels") else Real
-        if value is not None and not (isinstance(value, kind) and float(value) > 0):
-            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}", "leave it out for the default")
-
-
-def _check_batch_size(value: Any, *, deterministic: bool) -> None:
-    """Raises `UsageError` unless it is a number above zero, or `auto` where that may be."""
-    if value == "auto" and deterministic:
-        raise UsageError(
-            "--deterministic does not go with --batch-size auto, which may measure another size each time",
-            "give --batch-size a number, or leave it out",
-        )
-    if value not in (None, "auto") and not (isinstance(value, Integral) and int(value) > 0):
-        raise UsageError(f"--batch-size cannot be {value}", "a whole number from 1 on, or auto, which measures")
-
-
 def _check_decode(decode: Decode, device: torch.device, *, deterministic: bool) -> None:
     """Raises `UsageError` where the GPU is to decode and cannot, or may not."""
     if decode != "gpu":
@@ -341,18 +304,6 @@ def _check_decode(decode: Decode, device: torch.device, *, deterministic: bool) 
             "--deterministic does not go with --decode gpu, where a picture that finds no GPU memory is the CPU's",
             "--decode fast gives the same bits each time, and so does exact, the default",
         )
-
-
-def _check_words(options: Mapping[str, Any]) -> None:
-    """Raises `UsageError` unless each value is one of its option's words."""
-    words = {
-        "dtype": Dtype, "precision": Precision, "pool": Pool, "norm": Norm, "mode": Mode, "on_error": OnError,
-        "compress": Compress, "resize_mode": ResizeMode, "exif": ExifMode, "decode": Decode, "engine": Engine,
-        "channels_last": ChannelsLast,
-    }  # fmt: skip
-    for name, value in options.items():
-        if name in words:
-            one_of(f"--{name.replace('_', '-')}", value, words[name])
 
 
 def features(backbone: Backbone, path: str | os.PathLike[str]) -> tuple[NDArray[np.uint8], dict[str, NDArray[Any]]]:

@@ -256,7 +256,7 @@ def test_the_time_of_packing_is_not_in_the_estimate_and_the_plan_says_so(bbx_cli
     ],
 )
 def test_the_least_is_the_limit_and_shared_cores_are_told(rates, limit, expected):
-    from bbx.console import rates_text
+    from bbx.run_report import rates_text
 
     assert (rates.limit, rates.expected) == (limit, expected)
     text = rates_text(rates, 1_000_000)
@@ -265,7 +265,7 @@ def test_the_least_is_the_limit_and_shared_cores_are_told(rates, limit, expected
 
 
 def test_the_limit_reads_as_a_sentence():
-    from bbx.console import duration_text, rates_text
+    from bbx.run_report import duration_text, rates_text
 
     told = "compute: 31 images/s (decode 280, store 600): about 9 h for 1,000,000 images"
     assert rates_text(Rates(280, 31, 600), 1_000_000) == told

@@ -184,7 +184,7 @@ def test_lists_and_stdin_name_images_for_batch_jobs(bbx_cli, pictures, tmp_path)
 
 
 def test_a_pipe_gets_lines_of_progress_not_a_bar(bbx_cli, pictures, monkeypatch):
-    monkeypatch.setattr("bbx.console.LINE_EVERY", 0)
+    monkeypatch.setattr("bbx.run_report.LINE_EVERY", 0)
     ran = bbx_cli("extract", "--model", "toy", "--batch-size", "3", pictures)
     assert "3/7 images" in ran.err
     assert "7/7 images" in ran.err

@@ -113,7 +113,7 @@ def extract(
             from bbx.images.process import started_ahead
 
             stack.enter_context(started_ahead(0 if dry_run else workers or cores()))
-            from bbx import console, facts, runner
+            from bbx import facts, run_report, runner
 
         options = given(
             model=model, config=config, stages=stages, layers=layers, weights=weights, seed=seed, size=parse_size(size),
@@ -129,12 +129,12 @@ def extract(
         def on_plan(plan: Plan) -> None:
             plans.append(plan)
             if not quiet:
-                console.plan(plan, verbose=verbose)
+                run_report.plan(plan, verbose=verbose)
 
-        progress = None if quiet else stack.enter_context(console.progress())
+        progress = None if quiet else stack.enter_context(run_report.progress())
         summary = runner.extract(images, dry_run=dry_run, on_plan=on_plan, progress=progress, stop=stop, **options)
     if not quiet and not dry_run:
-        console.summary(summary)
+        run_report.summary(summary)
     if as_json:
         print_json(facts.of_run(plans[0], summary, dry_run=dry_run))
     elif not dry_run:

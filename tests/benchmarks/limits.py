@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,27 +66,32 @@ def _machine(settings: Settings) -> Iterator[Row]:
 
 
 def _pieces(job: Job, settings: Settings) -> Iterator[Row]:
-    """Decode, forward and store alone, and the end-to-end rate beside what their CPU time allows on these cores."""
-    count = machine.cores()
-    decode, forward, store = (piece(name, job, settings) for name in ("decode", "forward", "store"))
-    alone = piece("forward", job, settings, cores=1)
-    for name, found in (("decode", decode), ("forward, null sink", forward)):
-        rate = found["images"] / found["seconds"]
-        yield Row(f"limit: {name} alone", f"{rate:.1f} images/s, CPU {_per(found):.1f} ms/image", rate)
-    yield Row("limit: forward alone on one core", f"CPU {_per(alone):.1f} ms/image", _per(alone))
+    """Decode, forward and store alone, and the end-to-end rate beside what their CPU time allows on these cores.
+
+    All in turn, a piece a process: what this machine does in a second is not the same from one minute to the next.
+    """
+    count, once = machine.cores(), replace(settings, repeats=1)
     output = settings.folder / "out"
     sizes = {"short": settings.images, "long": _LONGER * settings.images}
-    sides = {
+    sides: dict[str, Callable[[], Any]] = {
         name: partial(measure.run, jobs.extract(job, settings.some(size), output, settings.words), output)
         for name, size in sizes.items()
     }
-    taken = {name: measure.median(runs).seconds for name, runs in measure.alternate(sides, settings.repeats).items()}
-    rate = (sizes["long"] - sizes["short"]) / max(taken["long"] - taken["short"], 1e-9)
+    sides |= {name: partial(piece, name, job, once) for name in ("decode", "forward", "store")}
+    sides["alone"] = partial(piece, "forward", job, once, cores=1)
+    found = measure.alternate(sides, settings.repeats)
+    cpu = {name: statistics.median(map(_per, found[name])) for name in sides if name not in sizes}
+    for name, told in (("decode", "decode"), ("forward", "forward, null sink")):
+        rate = statistics.median(one["images"] / one["seconds"] for one in found[name])
+        yield Row(f"limit: {told} alone", f"{rate:.1f} images/s, CPU {cpu[name]:.1f} ms/image", rate)
+    yield Row("limit: forward alone on one core", f"CPU {cpu['alone']:.1f} ms/image", cpu["alone"])
+    short, long = (measure.median(found[name]).seconds for name in sizes)
+    rate = (sizes["long"] - sizes["short"]) / max(long - short, 1e-9)
     # Each part as the engine runs it, on all cores; on one alone the forward has caches and memory to itself.
-    ideal, undisturbed = (1000 * count / (_per(decode) + _per(engine) + _per(store)) for engine in (forward, alone))
-    parts = f"decode {_per(decode):.1f} + forward {_per(forward):.1f} + store {_per(store):.1f} ms on {count} cores"
-    strict = f"{rate / undisturbed:.3f} by the {_per(alone):.1f} ms of a forward on one core alone"
-    value = f"{rate / ideal:.3f} ({rate:.2f} of {ideal:.2f} images/s; {parts}; {strict})"
+    ideal, undisturbed = (1000 * count / (cpu["decode"] + cpu[name] + cpu["store"]) for name in ("forward", "alone"))
+    parts = " + ".join(f"{name} {cpu[name]:.1f}" for name in ("decode", "forward", "store"))
+    strict = f"{rate / undisturbed:.3f} by the {cpu['alone']:.1f} ms of a forward on one core alone"
+    value = f"{rate / ideal:.3f} ({rate:.2f} of {ideal:.2f} images/s; {parts} ms on {count} cores; {strict})"
     yield Row("end to end ÷ what CPU time allows", value, rate / ideal)
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tests.benchmarks.pictures import ROOT
 
@@ -24,6 +25,8 @@ from tests.benchmarks.pictures import ROOT
 _EVERY = 0.2
 _PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
+
+T = TypeVar("T")
 
 
 class RunError(Exception):
@@ -70,9 +73,9 @@ def run(command: Sequence[str], output: Path | None = None, *, sample: bool = Fa
     return Taken(seconds, synced, used.ru_utime + used.ru_stime, sampled.peak or used.ru_maxrss << 10, nbytes)
 
 
-def alternate(sides: Mapping[str, Callable[[], Taken]], repeats: int) -> dict[str, list[Taken]]:
+def alternate(sides: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
     """Every side `repeats` times, in turn: A B C A B C …, so that what slows the machine slows all of them."""
-    taken: dict[str, list[Taken]] = {name: [] for name in sides}
+    taken: dict[str, list[T]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
             taken[name].append(side())
