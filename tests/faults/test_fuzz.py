@@ -121,12 +121,16 @@ def command(words: Sequence[str], *, whole: bool) -> Callable[[], int]:
     """`bbx WORDS`: as its console entry runs it (`whole`), or in one process where that starts several."""
 
     def call() -> int:
+        import typer.main
+
         from bbx import cli
         from bbx.store import metadata
 
         sys.argv = ["bbx", *words]
         metadata.subprocess = subprocess
         if whole:
+            # The parser that `warm` keeps calls the commands as they were, without the shield.
+            typer.main.get_command = getattr(typer.main.get_command, "__wrapped__", typer.main.get_command)
             cli.run()
         metadata.subprocess = SimpleNamespace(  # type: ignore[assignment]
             run=compared_here, DEVNULL=None, TimeoutExpired=subprocess.TimeoutExpired
