@@ -60,6 +60,14 @@ def test_the_input_is_x_minus_127_by_128(lite0):
     assert torch.allclose(normalise(values, lite0.preprocess)[0, 0, 0], expected, atol=1e-7)
 
 
+def test_random_weights_keep_values_in_the_range_of_float16(lite0):
+    pixels = torch.from_numpy(read_image(SAMPLES / "coffee.png", lite0.preprocess))[None]
+    backbone = load_backbone("efficientnet-lite0", weights="random", stages="all")
+    with torch.inference_mode():
+        maps = backbone(normalise(pixels, backbone.preprocess))
+    assert all(0.1 < tensor.std() < 100 for tensor in maps.values()), {n: t.std() for n, t in maps.items()}
+
+
 def test_odd_input_sizes_are_padded_as_tensorflow_does():
     assert load_backbone("efficientnet-lite0", stages="all", size=(225, 97)).stages[-1].shape == (320, 8, 4)
 

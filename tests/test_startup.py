@@ -57,4 +57,23 @@ def test_a_command_loads_what_it_uses(file, command, needed, spared):
 
 @pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
 def test_every_command_has_the_collector_work_again_once_it_has_loaded(command):
-    assert "with loading():" in inspect.getsource(command.callback)
+    assert "with loading()" in inspect.getsource(command.callback)
+
+
+DRAWN = """
+from bbx.cli import main
+try:
+    main()
+finally:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    print(len(Axes.set.__doc__ or ""), len(type("Later", (Artist,), {}).set.__doc__))
+"""
+
+
+def test_show_has_matplotlib_write_no_help_texts_and_leaves_it_as_it_was(file):
+    command = "show f.h5 --image 0 --stages stem -o one.png"
+    ran = subprocess.run([sys.executable, "-c", DRAWN, *command.split()], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    drawn, later = map(int, ran.stdout.splitlines()[-1].split())
+    assert drawn < 100 < later

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -69,7 +71,7 @@ def show(
     config: Config = None,
 ) -> None:
     """Draw channel grids of stem and stages, and a contact sheet: of a feature file, or straight from an image."""
-    with loading():
+    with loading(), _figures_without_help():
         from bbx import show as drawing
 
     options = given(
@@ -91,6 +93,25 @@ def show(
         return
     for path in drawing.save(figures, output, source=source):
         typer.echo(os.fsencode(path))
+
+
+@contextmanager
+def _figures_without_help() -> Iterator[None]:
+    """Around the first import of matplotlib's figures: it writes a help text for each of a hundred classes meanwhile.
+
+    That is two fifths of the import, for texts which nobody can ask a command for.
+    """
+    from matplotlib.artist import Artist
+
+    name = "_update_set_signature_and_docstring"  # a private name: where a matplotlib has none, it writes its texts
+    writes = vars(Artist).get(name)
+    if writes is not None:
+        setattr(Artist, name, classmethod(lambda _kind: None))
+    try:
+        yield
+    finally:
+        if writes is not None:
+            setattr(Artist, name, writes)
 
 
 @app.command(name="stages")
