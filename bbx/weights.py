@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -139,8 +140,9 @@ def check_file(path: Path) -> None:
 def load_into(network: nn.Module, state: Mapping[str, Tensor], *, head: Iterable[str], source: str) -> tuple[str, ...]:
     """Loads `state` into `network`; only keys of the classifier `head` (name prefixes) may miss or differ in shape.
 
-    Returns the modules where some did, which keep random values. Raises `WeightsError` listing the keys that do not
-    fit: missing, unexpected, of another shape.
+    Parameters on the meta device get memory of their own. Returns the modules where some did, which keep random values,
+    or none, on the meta device. Raises `WeightsError` listing the keys that do not fit: missing, unexpected, of another
+    shape.
     """
     own = network.state_dict()
     state = _unprefixed(state, own)
@@ -157,8 +159,14 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, head: Iterable
     if any(faults.values()):
         text = "; ".join(f"{len(names)} {label} ({_some(names)})" for label, names in faults.items() if names)
         raise WeightsError(f"{source} does not fit the model: {text}", "is it a checkpoint of this very model?")
-    fitting = {name: value for name, value in state.items() if name in own and name not in misshapen}
-    network.load_state_dict(fitting, strict=False)
+    fitting = OrderedDict((name, state[name]) for name in own if name in state and name not in misshapen)
+    # Modules that came in versions ask for theirs (MNASNet refuses to load otherwise); names and shapes are today's.
+    fitting._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
+    without = any(value.is_meta for value in own.values())
+    if without:  # copies: a file that is mapped into memory may be written over
+        for name, value in fitting.items():
+            fitting[name] = value.to(own[name].dtype, memory_format=torch.contiguous_format, copy=True)
+    network.load_state_dict(fitting, strict=False, assign=without)
     left = [*missing, *misshapen, *unexpected]
     return tuple(prefix.rstrip(".") for prefix in heads if any(name.startswith(prefix) for name in left))
 

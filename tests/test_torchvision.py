@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 
 import bbx
 from bbx.errors import UsageError, WeightsError
 from bbx.providers import list_models, load_backbone, load_structure, resolve
 from bbx.providers.torchvision import FAMILIES, names
+from bbx.weights import digest
 
 REFERENCE = json.loads((Path(__file__).parent / "goldens" / "torchvision_stages.json").read_text())
 # One model of each row of the table; the smallest that its family has.
@@ -150,6 +152,39 @@ def test_cached_weights_are_used_without_a_network(monkeypatch, tmp_path):
         assert load_backbone("resnet18", weights=wish).weights == "IMAGENET1K_V1"
 
 
+QUICK = ("mnasnet0_5", "swin_t", "maxvit_t")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY_MODELS]
+)
+def test_a_network_that_was_built_without_values_has_those_of_the_file(tmp_path, name):
+    random, path = load_backbone(name, weights="random", seed=5), tmp_path / "w.safetensors"
+    save_file({name: value.contiguous() for name, value in random.network.state_dict().items()}, path)
+    trained = load_backbone(name, weights=str(path))
+    path.write_bytes(bytes(path.stat().st_size))  # it may have been mapped into memory
+    assert digest(trained.network) == digest(random.network)
+    assert [p.requires_grad for p in trained.network.parameters()] == [
+        p.requires_grad for p in random.network.parameters()
+    ]
+
+
+def test_a_file_in_half_precision_and_without_a_classifier_is_filled_up_by_the_seed(tmp_path):
+    random, path = load_backbone("resnet18", weights="random", seed=5).network.state_dict(), tmp_path / "w.pth"
+    halves = {name: value.half() for name, value in random.items() if not name.startswith("fc.")}
+    halves["conv1.weight"] = halves["conv1.weight"].contiguous(memory_format=torch.channels_last)
+    torch.save(halves, path)
+    trained = load_backbone("resnet18", weights=str(path), seed=5).network.state_dict()
+    assert {value.dtype for value in trained.values()} == {torch.float32, torch.int64}
+    assert all(value.is_contiguous() for value in trained.values())
+    assert torch.equal(trained["fc.weight"], random["fc.weight"])
+    assert torch.equal(trained["layer4.1.conv2.weight"], halves["layer4.1.conv2.weight"].float())
+    torch.save({**halves, "fc.weight": random["fc.weight"], "fc.bias": random["fc.bias"]}, path)
+    whole = load_backbone("resnet18", weights=str(path)).network.state_dict()
+    assert {value.dtype for value in whole.values()} == {torch.float32, torch.int64}
+    assert all(value.is_contiguous() for value in whole.values())
+
+
 def test_the_old_names_in_published_densenet_files_are_understood(tmp_path):
     import re
 
@@ -219,6 +254,7 @@ def test_whoever_wants_more_of_the_compiler_meanwhile_gets_it(tmp_path):
 from bbx.providers.postponed import import_torchvision
 import_torchvision()
 import torchvision
+from safetensors.torch import save_file
 
 import bbx
 import torch._dynamo.utils as real

@@ -121,10 +121,18 @@ def load(ref: ModelRef, build: Build = BUILD) -> Backbone:
         std=tuple(transforms.std),
     ).override(size=build.size)
     options = {**_builder_options(ref.name, preprocess.size, pretrained=member is not None), **build.options}
-    network = _build_structure(ref.name, options) if build.structure else _build(ref.name, options, build.seed)
     label, untrained = f"random (seed {build.seed})", tuple[str, ...]()
-    if (member or path) and not build.structure:
-        label, untrained = _load_weights(network, member, path)
+    if build.structure:
+        network = _build_structure(ref.name, options).to("meta")
+    elif member or path:
+        network = _build_structure(ref.name, options)  # drawing random values takes longer than reading the trained
+        state, label = _read_weights(member, path)
+        untrained = _fill(network, state, label)
+        if untrained:
+            network = _build(ref.name, options, build.seed)
+            _fill(network, state, label)
+    else:
+        network = _build(ref.name, options, build.seed)
     taps = _taps(ref.name, network)
     # The same tensors normalised once more inside the model are another model.
     facts = "transform_input" if options.get("transform_input") else ""
@@ -201,18 +209,19 @@ class _Unallocated(TorchFunctionMode):
 
 
 def _build_structure(name: str, options: dict[str, Any]) -> nn.Module:
+    """The network with its buffers, and most of its parameters still to come."""
     with _Unallocated():
-        network = _build(name, options, 0)
-    return network.to("meta")
+        return _build(name, options, 0)
 
 
-def _load_weights(network: nn.Module, member: Any, path: Path | None) -> tuple[str, tuple[str, ...]]:
+def _read_weights(member: Any, path: Path | None) -> tuple[dict[str, Tensor], str]:
     if path is None:
-        state = read_state_dict(fetch(member.url, name=str(member), hint=_offline_hint(member)))
-        label = member.name
-    else:
-        state, label = read_state_dict(path), f"file {path.name}"
-    return label, load_into(network, _current_names(state, network), head=HEAD, source=label)
+        return read_state_dict(fetch(member.url, name=str(member), hint=_offline_hint(member))), member.name
+    return read_state_dict(path), f"file {path.name}"
+
+
+def _fill(network: nn.Module, state: dict[str, Tensor], label: str) -> tuple[str, ...]:
+    return load_into(network, _current_names(state, network), head=HEAD, source=label)
 
 
 def _current_names(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
