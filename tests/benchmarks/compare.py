@@ -206,5 +206,5 @@ def _ratio(measured: str, own: Result | None, other: Result | None) -> Row:
     if own is None or other is None:
         return Row(measured, "nothing to compare with", error=True)
     ratio, steady = own.rate / other.rate, own.steady / other.steady
-    value = f"{ratio:.2f} × whole process, {steady:.2f} × once it runs ({own.rate:.1f} and {other.rate:.1f} images/s;"
-    return Row(measured, f"{value} {other.contestant.label})", ratio)
+    rates = f"{own.rate:.1f} and {other.rate:.1f} images/s of {own.images}; {other.contestant.label}"
+    return Row(measured, f"{ratio:.2f} × whole process, {steady:.2f} × once it runs ({rates})", ratio)
