@@ -25,9 +25,19 @@ _NUMERIC = ("index", "channels", "stride", "bytes per image", "parameters", "row
             "mean error", "least cosine", "images/s")  # fmt: skip
 
 
+class _Console(Console):
+    """Rich's own ends the process with 1 where nobody reads any more, whichever stream it is."""
+
+    def on_broken_pipe(self) -> None:
+        """Talk is let go of; of data it is the command's end, which `main` has a code for. Called in an `except`."""
+        if not self.stderr:
+            raise
+        self.quiet = True
+
+
 def open_console(*, stderr: bool) -> Console:
     """stderr for talk, stdout for data."""
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console = _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140  # a log file has no width; 80 would fold every path
     return console

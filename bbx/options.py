@@ -20,6 +20,7 @@ from bbx.spec import (
     Pool,
     Precision,
     ResizeMode,
+    check_seed,
     one_of,
 )
 
@@ -38,6 +39,13 @@ def whole(name: str, value: Any) -> int:
     return int(value)
 
 
+def seed_of(value: Any) -> int:
+    """A seed as Python's own number. Raises `UsageError`."""
+    seed = whole("seed", value)
+    check_seed(seed)
+    return seed
+
+
 def sides(size: Any) -> tuple[int, int] | None:
     """`224` or `(height, width)`, in pixels, as the latter; None stays so. Raises `UsageError`."""
     pair = size if isinstance(size, tuple | list) else (size, size)
@@ -52,19 +60,21 @@ def check_numbers(**options: float | None) -> None:
     """Raises `UsageError` for what is no number above zero."""
     for name, value in options.items():
         kind = Integral if name in _WHOLE else Real
-        if value is not None and not (isinstance(value, kind) and float(value) > 0):
-            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}", "leave it out for the default")
+        if value is not None and not (isinstance(value, kind) and value > 0):
+            hint = f"a {'whole ' * (kind is Integral)}number above 0; leave it out for the default"
+            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}", hint)
 
 
 def check_batch_size(value: Any, *, deterministic: bool) -> None:
     """Raises `UsageError` unless it is a number above zero, or `auto` where that may be."""
-    if value == "auto" and deterministic:
+    auto = isinstance(value, str) and value == "auto"
+    if auto and deterministic:
         raise UsageError(
             "--deterministic does not go with --batch-size auto, which may measure another size each time",
             "give --batch-size a number, or leave it out",
         )
-    if value not in (None, "auto") and not (isinstance(value, Integral) and int(value) > 0):
-        raise UsageError(f"--batch-size cannot be {value}", "a whole number from 1 on, or auto, which measures")
+    if value is not None and not auto and not (isinstance(value, Integral) and int(value) > 0):
+        raise UsageError(f"--batch-size cannot be {value!r}", "a whole number from 1 on, or auto, which measures")
 
 
 def check_words(options: Mapping[str, Any]) -> None:

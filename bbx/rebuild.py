@@ -18,7 +18,7 @@ from bbx.pictures import facts_of, is_near, recorded_roots
 from bbx.providers import load_backbone, resolve
 from bbx.recipe import read as read_config
 from bbx.skip import has_changed
-from bbx.spec import Decode, ExifMode, InputFile, Norm, ResizeMode, RunSpec
+from bbx.spec import SEEDS, Decode, ExifMode, InputFile, Norm, ResizeMode, RunSpec
 from bbx.store import open_finished_or_partial
 
 _RANDOM = re.compile(r"random \(seed (\d+)\)")
@@ -104,7 +104,7 @@ def _request(text: str) -> Request:
         right = (
             all(isinstance(item, str) and "\0" not in item for item in (request.model, request.weights))
             and type(request.seed) is int
-            and 0 <= request.seed < 1 << 63
+            and request.seed in SEEDS
             and (size is None or (len(size) == 2 and all(type(side) is int and 0 < side < 1 << 16 for side in size)))
             and (request.config is None or isinstance(request.config, Mapping))
             and type(request.tokens) is bool

@@ -23,7 +23,7 @@ from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, cell_dtype, find_i
 from bbx.images.decoders import TIMEOUT
 from bbx.loop import Progress, run_loop
 from bbx.machine import cores
-from bbx.options import check_batch_size, check_numbers, check_words, sides, whole
+from bbx.options import check_batch_size, check_numbers, check_words, seed_of, sides
 from bbx.plan import Plan, Summary, attempt, find_device, free_nbytes
 from bbx.rates import LONG, measured
 from bbx.rebuild import Request, check_weights, config_of, images_of, options_of
@@ -133,7 +133,7 @@ def extract(
     """
     wishes = {
         "model": model, "config": config_of(config), "stages": stages, "layers": layers, "weights": weights,
-        "seed": None if seed is None else whole("seed", seed), "size": sides(size), "resize_mode": resize_mode,
+        "seed": None if seed is None else seed_of(seed), "size": sides(size), "resize_mode": resize_mode,
         "exif": exif, "decode": decode, "norm": norm, "tokens": tokens, "dtype": dtype, "precision": precision,
         "pool": pool,
     }  # fmt: skip

@@ -117,6 +117,16 @@ def one_of(option: str, value: str, words: Any) -> None:
         raise UsageError(f"{option} cannot be {value!r}", f"{meant}valid: {', '.join(valid)}")
 
 
+SEEDS = range(1 << 63)
+"""What torch takes as a seed, and every file can hold."""
+
+
+def check_seed(seed: int) -> None:
+    """Raises `UsageError` unless `seed` is one of `SEEDS`."""
+    if seed not in SEEDS:
+        raise UsageError(f"--seed cannot be {seed}", "a whole number from 0 to 2^63 - 1")
+
+
 @dataclass(frozen=True, slots=True)
 class Preprocess:
     """How an image becomes the network's input. Stated by the provider, for it belongs to the weights.

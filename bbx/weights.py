@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bbx.errors import WeightsError
+from bbx.spec import check_seed
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "module")
 """Under what training checkpoints keep the state dict; the first that is there counts."""
@@ -40,6 +41,7 @@ def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
 
     One at a time, for torch's generator and default dtype are the whole process's; afterwards they are as they were.
     """
+    check_seed(seed)
     # A mode that torch asks at every call, hence only where it changes something.
     placed = torch.device(device) if torch.get_default_device() != torch.device(device) else nullcontext()
     with _building, torch.random.fork_rng(devices=()), placed:

@@ -164,7 +164,7 @@ def test_a_batch_size_that_is_none_is_refused(bbx_cli, pictures, text):
 def test_auto_does_not_go_with_deterministic(pictures):
     with pytest.raises(UsageError, match="--deterministic does not go with --batch-size auto"):
         plan_of(pictures, batch_size="auto", deterministic=True)
-    with pytest.raises(UsageError, match="--batch-size cannot be many"):
+    with pytest.raises(UsageError, match="--batch-size cannot be 'many'"):
         plan_of(pictures, batch_size="many")
 
 

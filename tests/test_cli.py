@@ -357,6 +357,16 @@ def test_a_reader_that_is_gone_is_told_apart_from_an_error(bbx_cli, pictures, wo
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
+def test_a_run_whose_talk_nobody_reads_goes_on(pictures, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = ("extract", "--model", "toy", "--batch-size", 1, pictures, "-o", tmp_path / "f.h5")
+    ran = subprocess.run(toy_command(*words), stdout=subprocess.PIPE, stderr=writer, text=True, check=False,
+                         env=ENVIRONMENT)  # fmt: skip
+    os.close(writer)
+    assert (ran.returncode, ran.stdout) == (0, f"{tmp_path / 'f.h5'}\n")
+
+
 def test_too_little_memory_is_no_defect_of_bbx(bbx_cli, monkeypatch, pictures):
     def refused(*_args, **_kwargs):
         raise ImportError("libtorch_cpu.so: failed to map segment from shared object")

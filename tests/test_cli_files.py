@@ -176,14 +176,54 @@ def test_a_crash_of_hdf5_is_an_error_of_the_file(tmp_path: Path, fate: str, ahea
     assert run.returncode == 3
 
 
-def test_a_signal_reaches_the_command_behind_the_shield(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_command_behind_the_shield(tmp_path: Path, signum: int, code: int) -> None:
     os.mkfifo(tmp_path / "never")
     run = meeting(tmp_path, "wait")
     assert run.stdout is not None
     assert run.stdout.readline() == "here\n"
-    run.send_signal(signal.SIGTERM)
-    run.communicate()
-    assert run.returncode == 143
+    run.send_signal(signum)  # to this process alone, as a supervisor does, and not to its group
+    assert run.communicate()[1].count("error: stopped by") == 1
+    assert run.returncode == code
+
+
+@pytest.mark.parametrize("words", [("info",), ("verify",)])
+def test_a_starter_that_ignores_ended_processes_is_told_how_it_ended(done: Path, words: tuple[str, ...]) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    command = [sys.executable, "-m", "bbx", *words, done.name]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=done.parent, preexec_fn=ignore)
+    assert (ran.returncode, "error" in ran.stderr) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(("info", "nope.h5", "--json"), 3), (("verify", "--bad"), 2), (("stages", "nope"), 2), (("merge", "f.h5"), 2)],
+)
+def test_an_error_that_nobody_reads_has_its_exit_code(done: Path, words: tuple[str, ...], code: int) -> None:
+    nobody, talk = os.pipe()
+    os.close(nobody)
+    command = [sys.executable, "-m", "bbx", *words]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=talk, text=True, check=False, cwd=done.parent)
+    os.close(talk)
+    assert ran.returncode == code
+    assert ("--json" in words) == (f'"exit_code": {code}' in ran.stdout)
+
+
+def test_a_lower_limit_of_the_users_own_on_computing_is_kept(done: Path) -> None:
+    command = f"ulimit -t 60; exec {sys.executable} -m bbx verify {done.name}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=done.parent)
+    assert (ran.returncode, "error" in ran.stderr) == (0, False)
+
+
+def test_a_wrong_backend_of_matplotlib_is_named(done: Path) -> None:
+    command = [sys.executable, "-m", "bbx", "show", done.name]
+    wrong = {**os.environ, "MPLBACKEND": "nonsense"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=done.parent, env=wrong)
+    assert ran.returncode == 2
+    assert "nonsense" in ran.stderr
+    assert "unset MPLBACKEND" in ran.stderr
 
 
 @pytest.mark.parametrize("fate", ["parse", "wait"], ids=["the command line is read", "a file is opened ahead"])

@@ -360,10 +360,12 @@ def test_peak_memory_does_not_grow_with_the_number_of_images(tmp_path, picture):
 
 def test_numbers_of_any_kind_are_taken_and_what_is_none_is_told(pictures, tmp_path):
     given = {"model": "toy", "output": tmp_path / "f.h5", "mode": "overwrite"}
+    assert extract(pictures, max_pixels=10**400, **given).done == 7
     extract(pictures, size=np.int64(32), seed=np.int64(1), workers=np.int64(1), batch_size=np.int64(2), **given)
     with bbx.open(tmp_path / "f.h5") as file:
         assert file.run.preprocess.size == (32, 32)
-    for name, wrong in (("size", 32.0), ("size", (32,)), ("size", "32"), ("seed", 0.5), ("workers", "2"),
-                        ("workers", 2.5), ("image_timeout", "2"), ("max_pixels", float("nan"))):  # fmt: skip
+    wrongs = {"size": (32.0, (32,), "32"), "seed": (0.5, -1, 1 << 63), "workers": ("2", 2.5), "image_timeout": ("2",),
+              "max_pixels": (float("nan"),), "batch_size": ("8", 0, np.array([3, 4]))}  # fmt: skip
+    for name, wrong in ((name, wrong) for name, some in wrongs.items() for wrong in some):
         with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} cannot be"):
             extract(pictures, **{name: wrong}, **given)

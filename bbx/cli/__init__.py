@@ -7,6 +7,7 @@ left out are left to the library, where the defaults live.
 from __future__ import annotations
 
 import atexit
+import errno
 import io
 import os
 import signal
@@ -46,6 +47,7 @@ __all__ = [
 _NO_READER = 141
 """The exit code where whoever read standard output is gone: 128 + SIGPIPE, what a shell has of any such program."""
 _CTRL_C = 130
+"""What Typer gives back for a Ctrl-C that it caught; no command of bbx has this result of its own."""
 _NO_MEMORY = ("failed to map segment", "annot allocate memory")
 _ORDER = (extract, show, stages_command, models, info, verify, diff, bench, merge, export)
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.callback))  # as the help lists them
@@ -55,6 +57,8 @@ for _command in app.registered_commands:
 
 def run() -> NoReturn:
     """The `bbx` command: as `main`, proof against files on which HDF5 crashes, and gone once it is done."""
+    if hasattr(signal, "SIGCHLD"):  # whoever started this may ignore it: then nobody learns how a process ended
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale that has no × is no error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -85,7 +89,10 @@ def main() -> NoReturn:
 
 
 def _ending(command: Callable[[], object]) -> NoReturn:
-    """Calls `command`, and exits with the documented code of whatever comes of it, any error on stderr."""
+    """Calls `command`, and exits with the documented code of whatever comes of it, any error on stderr.
+
+    A command behind the shield goes through it twice: in the child, and in the parent, which only ends as the child.
+    """
     # A feature file from a stranger must not make HDF5 load a filter plugin; read when h5py is first imported.
     os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
     try:
@@ -120,15 +127,15 @@ def _leave(ended: SystemExit) -> NoReturn:
     """
     atexit._run_exitfuncs()
     code = ended.code
-    try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: the caller has closed it
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: the caller has closed it
+        try:
             stream.flush()
-    except OSError as problem:
-        if not code:  # else an error has been told
-            try:
-                _refused(problem)
-            except SystemExit as worse:
-                code = worse.code
+        except OSError as problem:
+            if not code and stream is sys.stdout:  # else an error has been told, or talk was
+                try:
+                    _refused(problem)
+                except SystemExit as worse:
+                    code = worse.code
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
@@ -152,7 +159,8 @@ def _interrupted() -> NoReturn:
 def _refused(problem: OSError) -> NoReturn:
     if isinstance(problem, BrokenPipeError):  # `bbx models | head`: no error, and nobody to tell
         sys.exit(_NO_READER)
-    _fail(WriteError(f"the system refused: {problem}", "is the disk full?"))
+    full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    _fail(WriteError(f"the system refused: {problem}", "is the disk full?" if full else "is every path right?"))
 
 
 def _misused(problem: Exception) -> UsageError | None:

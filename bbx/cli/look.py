@@ -101,7 +101,10 @@ def _figures_without_help() -> Iterator[None]:
 
     That is two fifths of the import, for texts which nobody can ask a command for.
     """
-    from matplotlib.artist import Artist
+    try:
+        from matplotlib.artist import Artist
+    except ValueError as error:  # which it makes of a wrong MPLBACKEND
+        raise UsageError(f"matplotlib cannot be loaded: {error}", "unset MPLBACKEND") from None
 
     name = "_update_set_signature_and_docstring"  # a private name: where a matplotlib has none, it writes its texts
     writes = vars(Artist).get(name)

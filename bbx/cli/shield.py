@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ of theirs could outlive the one that holds the lock."""
 _HELP = {"-h", "--help"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OPEN_SECONDS = 10
+_OWN_END_SECONDS = 0.3
 _HINT = "the file is damaged: take another copy of it"
 _CRASHES = {
     getattr(signal, name) for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL") if hasattr(signal, name)
@@ -39,6 +41,9 @@ def can_shield(words: list[str]) -> bool:
 
 def shielded(command: Callable[..., None], ending: Callable[[Callable[[], object]], NoReturn]) -> Callable[..., None]:
     """The same `command`, to be called once, for a child to carry out, which starts here and now.
+
+    A Ctrl-C of a terminal reaches both. Until the call the child dies of it and the parent tells it; from then on the
+    child tells it, and the parent waits, or passes on what reached it alone.
 
     In the child, `ending` calls it and exits, whatever comes of it; the call here exits as the child did, or raises
     `FileError` where that crashed. A child that is not called, for the command line was wrong, goes by itself.
@@ -59,6 +64,7 @@ def shielded(command: Callable[..., None], ending: Callable[[Callable[[], object
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent tells of a Ctrl-C until it has called
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         with suppress(Exception):  # whatever it is comes again when it is called
+            # Whichever words are names of feature files, an option's too: the command line is still to be read.
             _try_to_open([Path(word) for word in sys.argv[2:] if not word.startswith("-")])
         with os.fdopen(receiving, "rb") as pipe:
             words = pipe.read()
@@ -80,22 +86,36 @@ def shielded(command: Callable[..., None], ending: Callable[[Callable[[], object
 
 
 def _let_pass(pid: int, mask: set[Any]) -> None:
-    """Leaves signals to the child: a terminal's Ctrl-C reaches it by itself, a SIGTERM to this process does not."""
+    """Leaves signals to the child: a terminal's Ctrl-C reaches it by itself, one to this process alone does not."""
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
-        with suppress(ProcessLookupError):  # it has just ended
+        with suppress(OSError):  # it has just ended
+            if signum == signal.SIGINT and _ends_by_itself(pid):
+                return
             os.kill(pid, signum)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, pass_on)
     signal.signal(signal.SIGTERM, pass_on)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _ends_by_itself(pid: int) -> bool:
+    """Whether the child comes to its end in a moment, as one does that has heard of a Ctrl-C; it stays to be reaped."""
+    until = time.monotonic() + _OWN_END_SECONDS
+    while time.monotonic() < until:
+        if hasattr(os, "waitid") and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def _end_as(pid: int) -> NoReturn:
     """Exits as the child does. Raises `FileError` where HDF5 crashes it, `InterruptedRunError` for an early Ctrl-C."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is nobody left to end
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)  # there is nobody left to end
     if -code == signal.SIGINT:
         raise InterruptedRunError("stopped by SIGINT", "the same command starts again")
     if -code == signal.SIGXCPU:
@@ -121,7 +141,6 @@ def _try_to_open(files: list[Path]) -> None:
     time; what comes after may take as long as it takes.
     """
     import resource
-    import time
 
     from bbx.store import open_finished_or_partial
     from bbx.store.target import partial_path

@@ -96,7 +96,9 @@ def _limit_time() -> None:
     if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+        most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        most = min(_CPU_SECONDS, most) if most >= 0 else _CPU_SECONDS  # nobody may raise his own limit
+        resource.setrlimit(resource.RLIMIT_CPU, (most, most))
 
 
 def _compare(opened: trust.OpenFile, say: Callable[[str], None]) -> Report:

@@ -20,7 +20,6 @@ from tests.benchmarks.pictures import ROOT
 from tests.benchmarks.report import Row
 from tests.benchmarks.settings import Settings
 
-_MEMORY_RUNS = 3
 # How many times the pictures the longer of two runs has, whose difference is what a run takes under way.
 _LONGER = 3
 
@@ -87,11 +86,11 @@ def _pieces(job: Job, settings: Settings) -> Iterator[Row]:
     yield Row("limit: forward alone on one core", f"CPU {cpu['alone']:.1f} ms/image", cpu["alone"])
     short, long = (measure.median(found[name]).seconds for name in sizes)
     rate = (sizes["long"] - sizes["short"]) / max(long - short, 1e-9)
-    # Each part as the engine runs it, on all cores; on one alone the forward has caches and memory to itself.
-    ideal, undisturbed = (1000 * count / (cpu["decode"] + cpu[name] + cpu["store"]) for name in ("forward", "alone"))
+    # Each part as the engine runs it, on all cores, which share caches and memory; beside it, by a core to itself.
+    ideal, by_one = (1000 * count / (cpu["decode"] + cpu[name] + cpu["store"]) for name in ("forward", "alone"))
     parts = " + ".join(f"{name} {cpu[name]:.1f}" for name in ("decode", "forward", "store"))
-    strict = f"{rate / undisturbed:.3f} by the {cpu['alone']:.1f} ms of a forward on one core alone"
-    value = f"{rate / ideal:.3f} ({rate:.2f} of {ideal:.2f} images/s; {parts} ms on {count} cores; {strict})"
+    other = f"{rate / by_one:.3f} by the {cpu['alone']:.1f} ms of a forward on one core alone"
+    value = f"{rate / ideal:.3f} ({rate:.2f} of {ideal:.2f} images/s; {parts} ms on {count} cores; {other})"
     yield Row("end to end ÷ what CPU time allows", value, rate / ideal)
 
 
@@ -163,7 +162,7 @@ def _memory(job: Job, settings: Settings) -> Row:
         str(count): partial(measure.run, jobs.extract(job, settings.some(count), output, settings.words), output)
         for count in (few, 10 * few)
     }
-    taken = measure.alternate(sides, _MEMORY_RUNS)
+    taken = measure.alternate(sides, settings.repeats)
     peaks = [statistics.median(one.peak for one in runs) for runs in taken.values()]
     measure.remove(output)
     ratio = peaks[1] / peaks[0]
