@@ -20,7 +20,6 @@ from bbx.spec import (
     Pool,
     Precision,
     ResizeMode,
-    check_seed,
     one_of,
 )
 
@@ -30,20 +29,6 @@ _WORDS = {
     "channels_last": ChannelsLast,
 }  # fmt: skip
 _WHOLE = ("workers", "max_pixels")
-
-
-def whole(name: str, value: Any) -> int:
-    """Any kind of whole number as Python's own. Raises `UsageError`."""
-    if not isinstance(value, Integral):
-        raise UsageError(f"--{name} cannot be {value!r}", "a whole number")
-    return int(value)
-
-
-def seed_of(value: Any) -> int:
-    """A seed as Python's own number. Raises `UsageError`."""
-    seed = whole("seed", value)
-    check_seed(seed)
-    return seed
 
 
 def sides(size: Any) -> tuple[int, int] | None:

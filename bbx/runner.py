@@ -23,7 +23,7 @@ from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, cell_dtype, find_i
 from bbx.images.decoders import TIMEOUT
 from bbx.loop import Progress, run_loop
 from bbx.machine import cores
-from bbx.options import check_batch_size, check_numbers, check_words, seed_of, sides
+from bbx.options import check_batch_size, check_numbers, check_words, sides
 from bbx.plan import Plan, Summary, attempt, find_device, free_nbytes
 from bbx.rates import LONG, measured
 from bbx.rebuild import Request, check_weights, config_of, images_of, options_of
@@ -44,6 +44,7 @@ from bbx.spec import (
     ResizeMode,
     RunSpec,
     Stage,
+    seed_of,
 )
 from bbx.store import FeatureFile, FeatureWriter, Target, check_target
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 from bbx.errors import FileError, UsageError, nearest
@@ -121,10 +122,11 @@ SEEDS = range(1 << 63)
 """What torch takes as a seed, and every file can hold."""
 
 
-def check_seed(seed: int) -> None:
-    """Raises `UsageError` unless `seed` is one of `SEEDS`."""
-    if seed not in SEEDS:
-        raise UsageError(f"--seed cannot be {seed}", "a whole number from 0 to 2^63 - 1")
+def seed_of(seed: Any) -> int:
+    """A seed, any kind of whole number, as Python's own. Raises `UsageError` where it is not one of `SEEDS`."""
+    if not isinstance(seed, Integral) or int(seed) not in SEEDS:
+        raise UsageError(f"--seed cannot be {seed!r}", "a whole number from 0 to 2^63 - 1")
+    return int(seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bbx.errors import WeightsError
-from bbx.spec import check_seed
+from bbx.spec import seed_of
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "module")
 """Under what training checkpoints keep the state dict; the first that is there counts."""
@@ -41,13 +41,13 @@ def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
 
     One at a time, for torch's generator and default dtype are the whole process's; afterwards they are as they were.
     """
-    check_seed(seed)
+    number = seed_of(seed)
     # A mode that torch asks at every call, hence only where it changes something.
     placed = torch.device(device) if torch.get_default_device() != torch.device(device) else nullcontext()
     with _building, torch.random.fork_rng(devices=()), placed:
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
-        torch.default_generator.manual_seed(seed)  # not those of GPUs, which torch.manual_seed would seed, too
+        torch.default_generator.manual_seed(number)  # not those of GPUs, which torch.manual_seed would seed, too
         try:
             yield
         finally:
@@ -167,7 +167,7 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], *, head: Iterable
     without = any(value.is_meta for value in own.values())
     if without:  # copies: a file that is mapped into memory may be written over
         for name, value in fitting.items():
-            fitting[name] = value.to(own[name].dtype, memory_format=torch.contiguous_format, copy=True)
+            fitting[name] = value.detach().to(own[name].dtype, memory_format=torch.contiguous_format, copy=True)
     network.load_state_dict(fitting, strict=False, assign=without)
     left = [*missing, *misshapen, *unexpected]
     return tuple(prefix.rstrip(".") for prefix in heads if any(name.startswith(prefix) for name in left))

@@ -1,5 +1,6 @@
 """torchvision's detection and segmentation models by role: shapes, values, early exit, published weights."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,35 @@ def test_the_frozen_batch_norms_of_published_weights_are_kept(name, eps, tmp_pat
     with torch.inference_mode():
         expected = own.backbone(PIXELS)["3" if "resnet" in name else "0"]
         assert torch.equal(backbone(PIXELS)["neck.p5"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "old"),
+    [
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", 5),
+        pytest.param("maskrcnn_resnet50_fpn", 13, marks=pytest.mark.slow),
+        pytest.param("retinanet_resnet50_fpn", 14, marks=pytest.mark.slow),
+    ],
+)
+def test_the_old_names_in_published_detection_files_are_understood(name, old, tmp_path):
+    torch.manual_seed(0)
+    builder = {"weights": None, "weights_backbone": None}
+    model = torchvision.models.get_model(name, **builder)
+
+    def before(key: str) -> str:
+        key = re.sub(r"(fpn\.(?:inner|layer)_blocks\.\d+)\.0\.(weight|bias)$", r"\1.\2", key)
+        key = re.sub(r"(rpn\.head\.conv)\.0\.0\.(weight|bias)$", r"\1.\2", key)
+        key = re.sub(r"(mask_head)\.(\d)\.0\.(\w+)$", lambda m: f"{m[1]}.mask_fcn{int(m[2]) + 1}.{m[3]}", key)
+        return re.sub(r"(head\.\w+_head\.conv)\.(\d)\.0\.(\w+)$", lambda m: f"{m[1]}.{2 * int(m[2])}.{m[3]}", key)
+
+    state = {before(key): value for key, value in model.state_dict().items()}
+    assert len({key.rpartition(".")[0] for key in set(state) - set(model.state_dict())}) == old
+    torchvision.models.get_model(name, **builder).load_state_dict(state)  # whose names torchvision understands
+    torch.save(model.state_dict(), tmp_path / "new.pth")
+    torch.save(state, tmp_path / "old.pth")
+    new, old = (loaded(name, str(tmp_path / file)) for file in ("new.pth", "old.pth"))
+    assert new.weights_digest == old.weights_digest
+    assert (new.untrained, old.untrained) == ((), ())
 
 
 def test_a_file_with_other_classes_leaves_out_the_roles_that_it_does_not_fit(tmp_path):

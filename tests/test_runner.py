@@ -366,6 +366,10 @@ def test_numbers_of_any_kind_are_taken_and_what_is_none_is_told(pictures, tmp_pa
         assert file.run.preprocess.size == (32, 32)
     wrongs = {"size": (32.0, (32,), "32"), "seed": (0.5, -1, 1 << 63), "workers": ("2", 2.5), "image_timeout": ("2",),
               "max_pixels": (float("nan"),), "batch_size": ("8", 0, np.array([3, 4]))}  # fmt: skip
+    for seed in (0.5, np.int64(-1)):
+        with pytest.raises(UsageError, match="--seed cannot be"):
+            bbx.load_backbone("efficientnet-lite0", weights="random", seed=seed)
+    assert bbx.load_backbone("efficientnet-lite0", weights="random", seed=np.int64(1 << 40)).weights
     for name, wrong in ((name, wrong) for name, some in wrongs.items() for wrong in some):
         with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} cannot be"):
             extract(pictures, **{name: wrong}, **given)

@@ -208,6 +208,18 @@ def test_an_official_file_by_its_name_is_that_enums(tmp_path):
     assert official.weights_digest != mine.weights_digest
 
 
+def test_the_old_names_in_published_vit_files_are_understood(tmp_path):
+    network = torchvision.models.vit_b_32(weights=None)
+    old = {
+        name.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): value
+        for name, value in network.state_dict().items()
+    }
+    assert sum("linear_" in name for name in old) == 48
+    torchvision.models.vit_b_32(weights=None).load_state_dict(old)  # whose names torchvision understands
+    torch.save(old, tmp_path / "vit.pth")
+    assert load_backbone("vit_b_32", weights=str(tmp_path / "vit.pth")).weights_digest == digest(network)
+
+
 def test_a_vit_takes_another_size_by_interpolating_its_position_embedding(tmp_path):
     torch.save(torchvision.models.vit_b_32(weights=None).state_dict(), tmp_path / "vit.pth")
     backbone = load_backbone("vit_b_32", weights=str(tmp_path / "vit.pth"), stages="stage1", size=320)
@@ -254,7 +266,6 @@ def test_whoever_wants_more_of_the_compiler_meanwhile_gets_it(tmp_path):
 from bbx.providers.postponed import import_torchvision
 import_torchvision()
 import torchvision
-from safetensors.torch import save_file
 
 import bbx
 import torch._dynamo.utils as real

@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -140,6 +141,8 @@ def _leave(ended: SystemExit) -> NoReturn:
 
 
 def _fail(problem: BbxError) -> NoReturn:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what happened is being told
     with suppress(OSError):  # the streams may be what failed: the exit code tells it all the same
         try:
             from bbx import console
@@ -147,6 +150,7 @@ def _fail(problem: BbxError) -> NoReturn:
             print(f"error: {problem.message}\n  hint: {problem.hint}", file=sys.stderr)  # noqa: T201 # the one place
         else:
             console.error(problem)
+    with suppress(OSError):
         if "--json" in sys.argv:
             print_json({"error": problem.message, "hint": problem.hint, "exit_code": problem.exit_code})
     sys.exit(problem.exit_code)

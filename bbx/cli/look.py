@@ -104,6 +104,8 @@ def _figures_without_help() -> Iterator[None]:
     try:
         from matplotlib.artist import Artist
     except ValueError as error:  # which it makes of a wrong MPLBACKEND
+        if "MPLBACKEND" not in os.environ:
+            raise
         raise UsageError(f"matplotlib cannot be loaded: {error}", "unset MPLBACKEND") from None
 
     name = "_update_set_signature_and_docstring"  # a private name: where a matplotlib has none, it writes its texts

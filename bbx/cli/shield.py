@@ -27,7 +27,8 @@ of theirs could outlive the one that holds the lock."""
 _HELP = {"-h", "--help"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OPEN_SECONDS = 10
-_OWN_END_SECONDS = 0.3
+_OWN_END_SECONDS = 2.0
+"""A child that clears up after a Ctrl-C is not to be told of it twice: one to this process alone waits as long."""
 _HINT = "the file is damaged: take another copy of it"
 _CRASHES = {
     getattr(signal, name) for name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL") if hasattr(signal, name)

@@ -225,9 +225,13 @@ def _fill(network: nn.Module, state: dict[str, Tensor], label: str) -> tuple[str
 
 
 def _current_names(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Published files under today's names and sizes: DenseNet's old dotted names, ViT's position embedding."""
+    """Published files under today's names and sizes: DenseNet's dotted ones, ViT's layers and position embedding."""
     dotted = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
-    state = {dotted.sub(r"\1\2", name): value for name, value in state.items()}
+    layer = re.compile(r"(encoder\.layers\..*\.mlp)\.linear_([12])\.(weight|bias)")
+    state = {
+        layer.sub(lambda found: f"{found[1]}.{3 * (int(found[2]) - 1)}.{found[3]}", dotted.sub(r"\1\2", name)): value
+        for name, value in state.items()
+    }
     embedding = "encoder.pos_embedding"
     own = network.state_dict().get(embedding)
     if own is not None and embedding in state and state[embedding].shape != own.shape:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -146,6 +146,16 @@ def list_models() -> list[dict[str, Any]]:
     return found
 
 
+_LEAF = r"\.(weight|bias)$"
+# As torchvision's modules rename what is of their first version: FPN, RPN, Mask R-CNN, RetinaNet.
+_OLD_NAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"(fpn\.(?:inner|layer)_blocks\.\d+)" + _LEAF, r"\1.0.\2"),
+    (r"(rpn\.head\.conv)" + _LEAF, r"\1.0.0.\2"),
+    (r"(mask_head)\.mask_fcn(\d+)" + _LEAF, lambda found: f"{found[1]}.{int(found[2]) - 1}.0.{found[3]}"),
+    (r"(head\.\w+_head\.conv)\.(\d+)" + _LEAF, lambda found: f"{found[1]}.{int(found[2]) // 2}.0.{found[3]}"),
+)
+
+
 def load(ref: ModelRef, build: Build = BUILD, *, config: Mapping[str, Any] | None = None) -> Backbone:
     """The model `ref` names, its taps by role.
 
@@ -176,7 +186,7 @@ def load(ref: ModelRef, build: Build = BUILD, *, config: Mapping[str, Any] | Non
     if state:
         if task.frozen and member:
             _freeze(network.get_submodule("backbone"), eps)
-        untrained = load_into(network, state, head=_HEADS, source=label)
+        untrained = load_into(network, _current_names(state, network), head=_HEADS, source=label)
     notes = _notes(network, untrained, preprocess)
     outlets = tuple(out for out in outlets if not f"{out.module}.".startswith(tuple(f"{m}." for m in untrained)))
     facts = f"frozen batch norm, eps {eps}" if task.frozen and member and state else ""
@@ -192,6 +202,19 @@ def load(ref: ModelRef, build: Build = BUILD, *, config: Mapping[str, Any] | Non
         forward=Reader(network, outlets),
         config=_text(ref, options) if given or build.options else "",
     )
+
+
+def _current_names(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Files of before 2022 under today's names: a convolution is part of a block of its own since."""
+    own = network.state_dict()
+
+    def current(name: str) -> str:
+        if name in own:
+            return name
+        found = [re.sub(pattern, new, name) for pattern, new in _OLD_NAMES]
+        return next((one for one in found if one in own), name)
+
+    return {current(name): value for name, value in state.items()}
 
 
 def _text(ref: ModelRef, options: Mapping[str, Any]) -> str:

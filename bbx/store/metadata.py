@@ -96,8 +96,8 @@ def _limit_time() -> None:
     if sys.platform != "win32":
         import resource
 
-        most = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        most = min(_CPU_SECONDS, most) if most >= 0 else _CPU_SECONDS  # nobody may raise his own limit
+        # The user's own, where it is lower; nobody may raise it.
+        most = min([_CPU_SECONDS, *(limit for limit in resource.getrlimit(resource.RLIMIT_CPU) if limit >= 0)])
         resource.setrlimit(resource.RLIMIT_CPU, (most, most))
 
 

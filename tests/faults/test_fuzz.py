@@ -126,9 +126,12 @@ def command(words: Sequence[str], *, whole: bool) -> Callable[[], int]:
     def call() -> int:
         import typer.main
 
+        import bbx.images
         from bbx import cli
+        from bbx.images.decoders import decode_one
         from bbx.store import metadata
 
+        bbx.images.decode_one = decode_one
         sys.argv = ["bbx", *words]
         metadata.subprocess = subprocess
         if whole:
