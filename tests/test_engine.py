@@ -43,10 +43,10 @@ OTHERS = [
     if model.partition(":")[0] in EXTRAS
 ]
 # Families whose blocks differ: plain, squeezed and excited, dense, shuffled, branching; and what has no BatchNorm.
-FOLDED = ["resnet18", "efficientnet-lite0", "mobilenet_v3_small", "densenet121", "regnet_y_400mf", "shufflenet_v2_x0_5"]
+FOLDED = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "regnet_y_400mf", "shufflenet_v2_x0_5"]
 UNFOLDED = ["swin_t", "vgg11", "convnext_tiny"]
 SLOW_FOLDED = [
-    "resnet50", "efficientnet_b0", "mobilenet_v2", "vgg11_bn", "googlenet", "inception_v3", "mnasnet0_5",
+    "resnet50", "efficientnet_b0", "vgg11_bn", "googlenet", "inception_v3", "mnasnet0_5",
     "wide_resnet50_2", "resnext50_32x4d", "regnet_x_400mf", "densenet169",
 ]  # fmt: skip
 
