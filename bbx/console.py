@@ -28,6 +28,15 @@ _NUMERIC = ("index", "channels", "stride", "bytes per image", "parameters", "row
 class _Console(Console):
     """Rich's own ends the process with 1 where nobody reads any more, whichever stream it is."""
 
+    def _check_buffer(self) -> None:
+        """Writes. A terminal that is gone, or a log on a full disk, is no reason to end a run, either."""
+        try:
+            super()._check_buffer()
+        except OSError:
+            if not self.stderr:
+                raise
+            self.quiet = True
+
     def on_broken_pipe(self) -> None:
         """Talk is let go of; of data it is the command's end, which `main` has a code for. Called in an `except`."""
         if not self.stderr:

@@ -21,7 +21,7 @@ from bbx.skip import has_changed
 from bbx.spec import SEEDS, Decode, ExifMode, InputFile, Norm, ResizeMode, RunSpec
 from bbx.store import open_finished_or_partial
 
-_RANDOM = re.compile(r"random \(seed (\d+)\)")
+_RANDOM = re.compile(r"random \(seed (\d{1,19})\)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -139,15 +139,23 @@ def check_file(path: Path) -> None:
         raise WeightsError(fault, "give a .safetensors or .pth file, or --weights random")
 
 
-def load_into(network: nn.Module, state: Mapping[str, Tensor], *, head: Iterable[str], source: str) -> tuple[str, ...]:
+def load_into(
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    head: Iterable[str],
+    source: str,
+    current: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = lambda state, _network: state,
+) -> tuple[str, ...]:
     """Loads `state` into `network`; only keys of the classifier `head` (name prefixes) may miss or differ in shape.
 
+    `current` gives what an older file holds, prefixes taken off, under the network's names and in its sizes.
     Parameters on the meta device get memory of their own. Returns the modules where some did, which keep random values,
     or none, on the meta device. Raises `WeightsError` listing the keys that do not fit: missing, unexpected, of another
     shape.
     """
     own = network.state_dict()
-    state = _unprefixed(state, own)
+    state = current(_unprefixed(state, own), network)
     heads = tuple(head)
     misshapen = [name for name in own if name in state and state[name].shape != own[name].shape]
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]

@@ -92,10 +92,12 @@ def bbx_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capsys.readouterr()
         handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        for signum, handler in handlers.items():  # an error leaves them ignored, for the process is about to end
-            signal.signal(signum, handler)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:  # an error leaves them ignored, for the process is about to end
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
         out, err = capsys.readouterr()
         return Ran(int(ended.value.code or 0), out, err)
 

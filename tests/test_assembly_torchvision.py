@@ -128,7 +128,7 @@ def test_the_old_names_in_published_detection_files_are_understood(name, old, tm
     assert len({key.rpartition(".")[0] for key in set(state) - set(model.state_dict())}) == old
     torchvision.models.get_model(name, **builder).load_state_dict(state)  # whose names torchvision understands
     torch.save(model.state_dict(), tmp_path / "new.pth")
-    torch.save(state, tmp_path / "old.pth")
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "old.pth")  # by DataParallel
     new, old = (loaded(name, str(tmp_path / file)) for file in ("new.pth", "old.pth"))
     assert new.weights_digest == old.weights_digest
     assert (new.untrained, old.untrained) == ((), ())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import shlex
 import signal
@@ -357,9 +358,13 @@ def test_a_reader_that_is_gone_is_told_apart_from_an_error(bbx_cli, pictures, wo
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
-def test_a_run_whose_talk_nobody_reads_goes_on(pictures, tmp_path):
-    reader, writer = os.pipe()
+@pytest.mark.parametrize("where", ["a pipe", "a terminal", "a full disk"])
+def test_a_run_whose_talk_nobody_reads_goes_on(pictures, tmp_path, where):
+    reader, writer = os.pipe() if where == "a pipe" else pty.openpty()
     os.close(reader)
+    if where == "a full disk":
+        os.close(writer)
+        writer = os.open("/dev/full", os.O_WRONLY)
     words = ("extract", "--model", "toy", "--batch-size", 1, pictures, "-o", tmp_path / "f.h5")
     ran = subprocess.run(toy_command(*words), stdout=subprocess.PIPE, stderr=writer, text=True, check=False,
                          env=ENVIRONMENT)  # fmt: skip

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import bbx
+from bbx.cli.shield import _HEAR_SECONDS
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_a_file_that_is_none_is_an_error_of_one_line_for_every_command(bbx_cli, 
 
 
 MEETING = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import bbx.cli, bbx.store.reader
 
@@ -149,20 +151,34 @@ def wait(*_, **__):
     print("here", flush=True)
     open("never").read()
 
+def clear(*_, **__):
+    try:
+        wait()
+    finally:
+        time.sleep({seconds})
+        print("cleared", flush=True)
+
+def compute(*_, **__):
+    while True:
+        pass
+
 if "{fate}" == "parse":
     import typer.core
     typer.core.TyperCommand.make_context = wait
-bbx.store.reader.FeatureFile.__init__ = wait if "{fate}" == "wait" else crash
+bbx.store.reader.FeatureFile.__init__ = globals().get("{fate}", crash)
 sys.argv = ["bbx", "info", "x.h5"]
 bbx.cli.run()
 """
 
 
-def meeting(tmp_path: Path, fate: str) -> subprocess.Popen[str]:
-    """`bbx info x.h5`, where HDF5 crashes by a signal, or it or the reading of the command line waits for ever."""
-    code = MEETING.format(root=str(Path(__file__).parent.parent), fate=fate)
+def meeting(tmp_path: Path, fate: str, limit: str = "") -> subprocess.Popen[str]:
+    """`bbx info x.h5`, where HDF5 crashes by a signal, or it or the reading of the command line waits for ever.
+
+    Or clears up, as one signal ends it, for longer than the shield waits; or computes for ever.
+    """
+    code = MEETING.format(root=str(Path(__file__).parent.parent), fate=fate, seconds=1.5 * _HEAR_SECONDS)
     pipe = subprocess.PIPE
-    command = [sys.executable, "-c", code]
+    command = ["bash", "-c", f'{limit}exec "$@"', "bash", sys.executable, "-c", code]
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, start_new_session=True)
 
 
@@ -237,6 +253,26 @@ def test_a_ctrl_c_is_told_once_while(tmp_path: Path, fate: str) -> None:
     os.killpg(run.pid, signal.SIGINT)
     assert run.communicate() == ("", "error: stopped by SIGINT\n  hint: the same command starts again\n")
     assert run.returncode == 130
+
+
+@pytest.mark.parametrize("end", [os.kill, os.killpg], ids=["its process", "its group"])
+def test_what_clears_up_after_a_ctrl_c_is_not_told_of_it_again(tmp_path: Path, end: Callable[[int, int], None]) -> None:
+    os.mkfifo(tmp_path / "never")
+    run = meeting(tmp_path, "clear")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "here\n"
+    end(run.pid, signal.SIGINT)
+    assert run.communicate() == ("cleared\n", "error: stopped by SIGINT\n  hint: the same command starts again\n")
+    assert run.returncode == 130
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["when called", "before it is called"])
+def test_a_limit_of_the_users_own_on_computing_is_not_the_files_fault(tmp_path: Path, ahead: bool) -> None:
+    if ahead:
+        (tmp_path / "x.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    run = meeting(tmp_path, "compute", limit="ulimit -S -t 3; ")
+    assert "the limit on computing time, 3 s, is reached: bbx info x.h5" in run.communicate()[1]
+    assert run.returncode == 3
 
 
 @pytest.mark.parametrize("name", [b"\xff.h5", "\N{SNOWMAN} 1.h5".encode(), b"{}.h5"])

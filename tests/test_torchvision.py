@@ -208,7 +208,8 @@ def test_an_official_file_by_its_name_is_that_enums(tmp_path):
     assert official.weights_digest != mine.weights_digest
 
 
-def test_the_old_names_in_published_vit_files_are_understood(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_old_names_in_published_vit_files_are_understood(tmp_path, prefix):
     network = torchvision.models.vit_b_32(weights=None)
     old = {
         name.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): value
@@ -216,7 +217,7 @@ def test_the_old_names_in_published_vit_files_are_understood(tmp_path):
     }
     assert sum("linear_" in name for name in old) == 48
     torchvision.models.vit_b_32(weights=None).load_state_dict(old)  # whose names torchvision understands
-    torch.save(old, tmp_path / "vit.pth")
+    torch.save({f"{prefix}{name}": value for name, value in old.items()}, tmp_path / "vit.pth")
     assert load_backbone("vit_b_32", weights=str(tmp_path / "vit.pth")).weights_digest == digest(network)
 
 
@@ -225,6 +226,14 @@ def test_a_vit_takes_another_size_by_interpolating_its_position_embedding(tmp_pa
     backbone = load_backbone("vit_b_32", weights=str(tmp_path / "vit.pth"), stages="stage1", size=320)
     assert backbone.stages[0].shape == (768, 10, 10)
     assert backbone.stages[0].stride == 32
+
+
+@pytest.mark.parametrize("shape", [(1, 48, 768), (50, 768), (2, 50, 768)])
+def test_a_position_embedding_that_is_none_of_a_square_does_not_fit(tmp_path, shape):
+    state = torchvision.models.vit_b_32(weights=None).state_dict() | {"encoder.pos_embedding": torch.zeros(shape)}
+    torch.save(state, tmp_path / "vit.pth")
+    with pytest.raises(WeightsError, match=r"1 of another shape \(encoder\.pos_embedding\)"):
+        load_backbone("vit_b_32", weights=str(tmp_path / "vit.pth"))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from bbx.errors import FileError, StartError, UsageError, WeightsError
 from bbx.images.source import digest_file
 from bbx.pictures import locate
 from bbx.spec import InputFile
-from bbx.store import FeatureFile, FeatureWriter, format
+from bbx.store import FeatureFile, FeatureWriter, format, metadata
 from bbx.store.check import Finding, Health, check_file
 from bbx.store.compress import pack
 from bbx.verify import Verdict, verify
@@ -246,6 +246,16 @@ def test_an_attribute_that_crashes_hdf5_is_damage_and_no_crash(out: Path) -> Non
     flip(out, at, 0x7E)
     health = check_file(out)
     assert {found.what for found in health.damage} == {"metadata"}
+
+
+@pytest.mark.parametrize(("signum", "kind"), [("SIGKILL", StartError), ("SIGXCPU", FileError), ("SIGSEGV", FileError)])
+def test_a_comparison_that_the_system_ends_is_not_the_files_fault(
+    out: Path, monkeypatch: pytest.MonkeyPatch, signum: str, kind: type[Exception]
+) -> None:
+    code = f"""import os, signal; print('"the file"', flush=True); os.kill(os.getpid(), signal.{signum})"""
+    monkeypatch.setattr(metadata, "_COMMAND", code)
+    with pytest.raises(kind, match=signum):
+        check_file(out)
 
 
 def test_nan_and_infinity_from_the_network_are_told_and_no_damage(tmp_path: Path) -> None:

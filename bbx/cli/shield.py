@@ -9,6 +9,7 @@ import ctypes
 import functools
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -27,7 +28,7 @@ of theirs could outlive the one that holds the lock."""
 _HELP = {"-h", "--help"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OPEN_SECONDS = 10
-_OWN_END_SECONDS = 2.0
+_HEAR_SECONDS = 1.0
 """A child that clears up after a Ctrl-C is not to be told of it twice: one to this process alone waits as long."""
 _HINT = "the file is damaged: take another copy of it"
 _CRASHES = {
@@ -52,6 +53,7 @@ def shielded(command: Callable[..., None], ending: Callable[[Callable[[], object
     parent, mask = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         receiving, sending = os.pipe()
+        heard, tell = os.pipe()
         pid = os.fork()
     except OSError as error:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -59,6 +61,8 @@ def shielded(command: Callable[..., None], ending: Callable[[Callable[[], object
         raise StartError(f"no process can be started to read the file in: {error.strerror}", hint) from error
     if pid == 0:
         os.close(sending)
+        os.close(heard)
+        os.set_blocking(tell, False)
         _end_with(parent)
         handler = signal.getsignal(signal.SIGINT)
         if handler != signal.SIG_IGN:
@@ -71,14 +75,16 @@ def shielded(command: Callable[..., None], ending: Callable[[Callable[[], object
             words = pipe.read()
         if not words:
             os._exit(0)
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # so the parent knows which signals reached it
         signal.signal(signal.SIGINT, handler)
         ending(lambda: command(**json.loads(words)))
     os.close(receiving)
+    os.close(tell)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     @functools.wraps(command)  # which Typer takes the options from
     def call(**words: Any) -> None:
-        _let_pass(pid, mask)
+        _let_pass(pid, mask, heard)
         with suppress(BrokenPipeError), os.fdopen(sending, "wb") as pipe:  # broken: it crashed as it opened a file
             pipe.write(json.dumps(words).encode())
         _end_as(pid)
@@ -86,12 +92,12 @@ def shielded(command: Callable[..., None], ending: Callable[[Callable[[], object
     return call
 
 
-def _let_pass(pid: int, mask: set[Any]) -> None:
+def _let_pass(pid: int, mask: set[Any], heard: int) -> None:
     """Leaves signals to the child: a terminal's Ctrl-C reaches it by itself, one to this process alone does not."""
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
         with suppress(OSError):  # it has just ended
-            if signum == signal.SIGINT and _ends_by_itself(pid):
+            if signum == signal.SIGINT and _has_heard(heard):
                 return
             os.kill(pid, signum)
 
@@ -102,28 +108,39 @@ def _let_pass(pid: int, mask: set[Any]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _ends_by_itself(pid: int) -> bool:
-    """Whether the child comes to its end in a moment, as one does that has heard of a Ctrl-C; it stays to be reaped."""
-    until = time.monotonic() + _OWN_END_SECONDS
-    while time.monotonic() < until:
-        if hasattr(os, "waitid") and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+def _has_heard(pipe: int) -> bool:
+    """Whether the child hears of a Ctrl-C, too, in a moment, or is gone: its signals' numbers come through `pipe`."""
+    until = time.monotonic() + _HEAR_SECONDS
+    while select.select([pipe], [], [], max(until - time.monotonic(), 0))[0]:
+        numbers = os.read(pipe, 64)
+        if not numbers or signal.SIGINT in numbers:
             return True
-        time.sleep(0.01)
     return False
 
 
 def _end_as(pid: int) -> NoReturn:
     """Exits as the child does. Raises `FileError` where HDF5 crashes it, `InterruptedRunError` for an early Ctrl-C."""
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, status, used = os.wait4(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # there is nobody left to end
     if -code == signal.SIGINT:
         raise InterruptedRunError("stopped by SIGINT", "the same command starts again")
     if -code == signal.SIGXCPU:
+        _check_limit(used.ru_utime + used.ru_stime)
         raise FileError(f"HDF5 does not come to an end with it: {_command()}", _HINT)
     if -code in _CRASHES:
         raise FileError(f"HDF5 crashed on it ({signal.Signals(-code).name}): {_command()}", _HINT)
     sys.exit(128 - code if code < 0 else code)
+
+
+def _check_limit(seconds: float) -> None:
+    """Raises `StartError` where the user's own limit on computing time ended a process that took `seconds` of it."""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_CPU)
+    if 0 <= soft <= round(seconds):
+        raise StartError(f"the limit on computing time, {soft} s, is reached: {_command()}", "raise it (ulimit -t)")
 
 
 def _end_with(parent: int) -> None:

@@ -136,7 +136,7 @@ def load(ref: ModelRef, build: Build = BUILD) -> Backbone:
         path = _weights_file(ref.weights)
         label = f"file {path.name}" if ref.weights not in _OWN else _WEIGHTS
         if not build.structure:
-            untrained = load_into(network, _renamed(read_state_dict(path)), head=HEAD, source=label)
+            untrained = load_into(network, read_state_dict(path), head=HEAD, source=label, current=_current)
     checksum = "" if build.structure else digest(network)
     return Backbone(ref, network.eval(), _TAPS, preprocess, label, checksum, untrained)
 
@@ -158,7 +158,7 @@ def _weights_file(wish: str) -> Path:
     return path
 
 
-def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _current(state: dict[str, Tensor], _network: nn.Module) -> dict[str, Tensor]:
     """The release's names (`_blocks.3._bn1.weight`) as this module's (`features.3.0.depthwise.1.weight`)."""
     homes = [f"features.{place}.{block}" for place, row in enumerate(_LITE0, 1) for block in range(row[0])]
     parts = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -221,10 +222,10 @@ def _read_weights(member: Any, path: Path | None) -> tuple[dict[str, Tensor], st
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], label: str) -> tuple[str, ...]:
-    return load_into(network, _current_names(state, network), head=HEAD, source=label)
+    return load_into(network, state, head=HEAD, source=label, current=_current)
 
 
-def _current_names(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+def _current(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Published files under today's names and sizes: DenseNet's dotted ones, ViT's layers and position embedding."""
     dotted = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
     layer = re.compile(r"(encoder\.layers\..*\.mlp)\.linear_([12])\.(weight|bias)")
@@ -236,7 +237,8 @@ def _current_names(state: dict[str, Tensor], network: nn.Module) -> dict[str, Te
     own = network.state_dict().get(embedding)
     if own is not None and embedding in state and state[embedding].shape != own.shape:
         vit: Any = network
-        state = dict(interpolate_embeddings(vit.image_size, vit.patch_size, state))
+        with suppress(ValueError):  # no square of patches: its shape is told with all that does not fit
+            state = dict(interpolate_embeddings(vit.image_size, vit.patch_size, state))
     return state
 
 

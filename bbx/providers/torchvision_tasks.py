@@ -186,7 +186,7 @@ def load(ref: ModelRef, build: Build = BUILD, *, config: Mapping[str, Any] | Non
     if state:
         if task.frozen and member:
             _freeze(network.get_submodule("backbone"), eps)
-        untrained = load_into(network, _current_names(state, network), head=_HEADS, source=label)
+        untrained = load_into(network, state, head=_HEADS, source=label, current=_current)
     notes = _notes(network, untrained, preprocess)
     outlets = tuple(out for out in outlets if not f"{out.module}.".startswith(tuple(f"{m}." for m in untrained)))
     facts = f"frozen batch norm, eps {eps}" if task.frozen and member and state else ""
@@ -204,7 +204,7 @@ def load(ref: ModelRef, build: Build = BUILD, *, config: Mapping[str, Any] | Non
     )
 
 
-def _current_names(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+def _current(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Files of before 2022 under today's names: a convolution is part of a block of its own since."""
     own = network.state_dict()
 

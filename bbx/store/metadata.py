@@ -51,11 +51,12 @@ def report(path: Path) -> Report:
     """Compare the file at `path`, in a process of its own: HDF5 crashes over some damaged attributes.
 
     Raises `FileError` where it does so, or never ends, before the file is even open, `StartError` where no process can
-    be started.
+    be started, or it is ended from outside.
     """
     command = [sys.executable, "-P", "-c", _COMMAND, json.dumps(sys.path), os.fspath(path.absolute())]
     try:
         ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=False)
+        _check_outside(path, ran)
         output, end = ran.stdout, _end(ran)
     except subprocess.TimeoutExpired as error:
         output, end = error.stdout or b"", f"does not end within {_SECONDS:g} s"
@@ -96,9 +97,23 @@ def _limit_time() -> None:
     if sys.platform != "win32":
         import resource
 
-        # The user's own, where it is lower; nobody may raise it.
-        most = min([_CPU_SECONDS, *(limit for limit in resource.getrlimit(resource.RLIMIT_CPU) if limit >= 0)])
-        resource.setrlimit(resource.RLIMIT_CPU, (most, most))
+        soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        if soft < 0 or soft > _CPU_SECONDS:  # else the user's own, which `_check_outside` knows
+            resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, hard))
+
+
+def _check_outside(path: Path, ran: subprocess.CompletedProcess[bytes]) -> None:
+    """Raises `StartError` where it was not the file that ended the process, but the system, or the user's limit."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_CPU)
+    what = f"the process that compares {path} with its format"
+    if -ran.returncode == signal.SIGXCPU and 0 <= soft <= _CPU_SECONDS:
+        raise StartError(f"{what} reached the limit on computing time, {soft} s", "raise it (ulimit -t)")
+    if -ran.returncode == signal.SIGKILL:
+        raise StartError(f"{what} was killed (SIGKILL)", "is the memory full, or a limit of the batch system reached?")
 
 
 def _compare(opened: trust.OpenFile, say: Callable[[str], None]) -> Report:
