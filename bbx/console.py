@@ -29,7 +29,7 @@ class _Console(Console):
     """Rich's own ends the process with 1 where nobody reads any more, whichever stream it is."""
 
     def _check_buffer(self) -> None:
-        """Writes. A terminal that is gone, or a log on a full disk, is no reason to end a run, either."""
+        """Writes. Talk that cannot be told (no reader, no terminal, a full disk) is let go of; data is not."""
         try:
             super()._check_buffer()
         except OSError:
@@ -38,10 +38,8 @@ class _Console(Console):
             self.quiet = True
 
     def on_broken_pipe(self) -> None:
-        """Talk is let go of; of data it is the command's end, which `main` has a code for. Called in an `except`."""
-        if not self.stderr:
-            raise
-        self.quiet = True
+        """Called in Rich's `except`: an error as any other, which `main` has a code for."""
+        raise
 
 
 def open_console(*, stderr: bool) -> Console:

@@ -21,7 +21,8 @@ from bbx.skip import has_changed
 from bbx.spec import SEEDS, Decode, ExifMode, InputFile, Norm, ResizeMode, RunSpec
 from bbx.store import open_finished_or_partial
 
-_RANDOM = re.compile(r"random \(seed (\d{1,19})\)")
+_RANDOM = re.compile(r"random \(seed (\d+)\)")
+_UNSAID = ("the file does not say how its model was asked for", "name --model and --weights yourself")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +78,9 @@ def request_of(run: RunSpec, near: str | os.PathLike[str] | None = None, *, inst
     Raises `WeightsError`, `FileError`.
     """
     if not run.source:
-        seed = _RANDOM.fullmatch(run.weights)
-        return Request(
-            run.model, "random" if seed else "auto", int(seed[1]) if seed else 0, norm=run.norm, tokens=run.tokens
-        )
+        seed = _seed(run.weights)
+        weights = "auto" if seed is None else "random"
+        return Request(run.model, weights, seed or 0, norm=run.norm, tokens=run.tokens)
     request = _request(run.source)
     texts = [("--model", request.model), ("--weights", request.weights)]
     texts += [("--config", text) for text in _texts(request.config)]
@@ -113,8 +113,16 @@ def _request(text: str) -> Request:
     except (ValueError, TypeError, AttributeError, RecursionError):
         right = False
     if not right:
-        raise FileError("the file does not say how its model was asked for", "name --model and --weights yourself")
+        raise FileError(*_UNSAID)
     return request
+
+
+def _seed(weights: str) -> int | None:
+    """That of random ones. Raises `FileError` where it can be none, for files are not trusted."""
+    found = _RANDOM.fullmatch(weights)
+    if found and (len(found[1]) > len(str(SEEDS[-1])) or int(found[1]) not in SEEDS):
+        raise FileError(*_UNSAID)
+    return int(found[1]) if found else None
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -128,10 +128,11 @@ def test_the_old_names_in_published_detection_files_are_understood(name, old, tm
     assert len({key.rpartition(".")[0] for key in set(state) - set(model.state_dict())}) == old
     torchvision.models.get_model(name, **builder).load_state_dict(state)  # whose names torchvision understands
     torch.save(model.state_dict(), tmp_path / "new.pth")
-    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "old.pth")  # by DataParallel
-    new, old = (loaded(name, str(tmp_path / file)) for file in ("new.pth", "old.pth"))
-    assert new.weights_digest == old.weights_digest
-    assert (new.untrained, old.untrained) == ((), ())
+    torch.save(state, tmp_path / "old.pth")
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "parallel.pth")
+    new, *older = (loaded(name, str(tmp_path / file)) for file in ("new.pth", "old.pth", "parallel.pth"))
+    assert {one.weights_digest for one in older} == {new.weights_digest}
+    assert {one.untrained for one in (new, *older)} == {()}
 
 
 def test_a_file_with_other_classes_leaves_out_the_roles_that_it_does_not_fit(tmp_path):

@@ -368,6 +368,14 @@ def test_nonsense_nested_deeper_than_python_goes_is_one_too() -> None:
         request_of(replace(RUN, source="[" * 100_000))
 
 
+@pytest.mark.parametrize("digits", [19, 5000])
+def test_a_seed_that_can_be_none_is_one_too(digits: int) -> None:
+    from bbx.rebuild import request_of
+
+    with pytest.raises(bbx.BbxError, match="does not say how"):  # more than one can be, or than Python reads
+        request_of(replace(RUN, source="", weights=f"random (seed {'9' * digits})"))
+
+
 @pytest.mark.parametrize("key", ["../secret.png", "/tmp/secret.png", "a/../../secret.png"])
 def test_keys_that_lead_out_of_their_folder_are_not_followed(bbx_cli, tmp_path, picture, key) -> None:
     from bbx.store import FeatureWriter

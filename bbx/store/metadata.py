@@ -131,6 +131,8 @@ def _compare(opened: trust.OpenFile, say: Callable[[str], None]) -> Report:
 
 def _end(ran: subprocess.CompletedProcess[bytes]) -> str:
     """How it came to an end that it did not mean."""
+    if sys.platform != "win32" and -ran.returncode == signal.SIGXCPU:
+        return f"does not end within {_CPU_SECONDS} s of computing"
     if -ran.returncode in set(signal.Signals):
         return f"crashes HDF5 ({signal.Signals(-ran.returncode).name})"
     words = ran.stderr.decode("utf-8", "replace").strip().splitlines()
