@@ -1,11 +1,15 @@
-"""Measures `bbx/providers/catalog.json`: `python -m tests.catalog`, all extras installed, some twenty minutes."""
+"""Measures `bbx/providers/catalog.json`: `python -m tests.catalog [PROVIDER …]`, all extras installed.
+
+All of it takes some twenty minutes, nearly all of them for timm; providers that are not named keep their rows.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module, metadata
 from pathlib import Path
@@ -96,15 +100,26 @@ def _stages(model: str) -> dict[str, Any]:
     }
 
 
-def write(timm_rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """The whole catalogue, one model per line."""
-    models = {
-        "packaged": packaged_rows(),
-        "torchvision": torchvision_rows(),
-        "timm": dict(timm_rows),
-        "transformers": transformers_rows(),
-    }
-    versions = {name: metadata.version(name) for name in models if name != "packaged"}
+def timm_rows() -> dict[str, dict[str, Any]]:
+    """Every architecture, two at a time."""
+    names = import_module("timm").list_models()
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(pool.map(row_of_timm, names, chunksize=8))
+
+
+MEASURES: dict[str, Callable[[], dict[str, dict[str, Any]]]] = {
+    "packaged": packaged_rows,
+    "torchvision": torchvision_rows,
+    "timm": timm_rows,
+    "transformers": transformers_rows,
+}
+
+
+def write(providers: Sequence[str]) -> None:
+    """The catalogue with the rows of `providers` measured anew, one model per line."""
+    before = json.loads(catalog.FILE.read_text())
+    models = {name: measure() if name in providers else before["models"][name] for name, measure in MEASURES.items()}
+    versions = before["versions"] | {name: metadata.version(name) for name in providers if name != "packaged"}
     lines = [f'{{"versions": {json.dumps(versions)}, "models": {{']
     for provider, rows in models.items():
         body = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
@@ -113,10 +128,13 @@ def write(timm_rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
 
 
 def main() -> None:
-    """Measures everything anew."""
-    names = import_module("timm").list_models()
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        write(pool.map(row_of_timm, names, chunksize=8))
+    """Measures what is named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("providers", nargs="*", metavar="PROVIDER", help=f"of {', '.join(MEASURES)}; none: all")
+    given = parser.parse_args().providers
+    if unknown := set(given) - set(MEASURES):
+        parser.error(f"{', '.join(sorted(unknown))}: not of {', '.join(MEASURES)}")
+    write(given or [*MEASURES])
     sys.stdout.write(f"{catalog.FILE}\n")
 
 

@@ -17,9 +17,13 @@ def caches_forgotten():
         cached.cache_clear()
 
 
+# A library of another version than the catalogue's is imported, and asked: not what is meant here.
+CURRENT = "from bbx.providers import catalog; catalog.is_current = lambda provider: True\n"
+
+
 def test_all_libraries_are_listed_without_importing_any():
     code = (
-        "import sys; from bbx.providers import list_models; rows = list_models();"
+        f"{CURRENT}import sys; from bbx.providers import list_models; rows = list_models();"
         "print(len({row['provider'] for row in rows}), len(rows) > 1500,"
         "[name for name in ('torch', 'timm', 'transformers') if name in sys.modules])"
     )
@@ -97,6 +101,15 @@ def test_all_libraries_take_one_reading_of_the_catalogue_and_one_look_for_each_p
     assert str(resolve("resnet18")) == "torchvision:resnet18"
     assert catalog._content.cache_info().misses == 1
     assert len(looked) == len(table.PROVIDERS)
+
+
+def test_the_catalogue_is_current_for_the_version_that_it_was_measured_with_alone(monkeypatch):
+    measured = json.loads(catalog.FILE.read_text())["versions"]
+    for change, current in (("", True), (".post1", False)):
+        catalog.is_current.cache_clear()
+        monkeypatch.setattr("importlib.metadata.version", lambda name, change=change: measured[name] + change)
+        assert [catalog.is_current(name) for name in ("torchvision", "timm", "transformers")] == [current] * 3
+        assert catalog.is_current("packaged")
 
 
 def test_another_version_of_a_library_is_asked_for_its_names(monkeypatch, tmp_path):
