@@ -8,16 +8,16 @@ forwards, and the check that what comes out is what was declared.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bbx.errors import ContractError, StartError, UsageError, WeightsError
+from bbx.products import products
 from bbx.spec import ModelRef, Norm, Precision, Preprocess, Stage
 from bbx.stages import select_stages
 from bbx.taps import Tap, capture, channels_first, exclusive, free_taps, settled
@@ -144,7 +144,7 @@ class Backbone:
     def _run(self, pixels: Tensor, taps: Sequence[Tap]) -> dict[str, Tensor]:
         lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         casting = torch.autocast(pixels.device.type, dtype=lower) if lower else nullcontext()
-        with casting, tf32(self.precision == "tf32") if pixels.is_cuda else nullcontext(), exclusive(self.network):
+        with casting, products(pixels.device, tf32=self.precision == "tf32"), exclusive(self.network):
             return self.forward(pixels, taps) if self.forward else capture(self.network, taps, pixels)
 
     def _check(self, got: Tensor, stage: Stage, batch: int, *, whole: bool) -> None:
@@ -209,28 +209,6 @@ class Backbone:
             f"{tap.module} gives {tuple(output.shape[1:])}, and it cannot be seen which axes are height and width",
             "ask for the module that contains it",
         )
-
-
-@contextmanager
-def tf32(wanted: bool) -> Iterator[None]:
-    """Has CUDA compute float32 products in TF32, or not, while this lasts: torch's switches are the whole process's."""
-    backends: Any = torch.backends
-    switches = (backends.cuda.matmul, backends.cudnn)
-    # The words of torch 2.9, for each kind of operation; what a process says by them, the switches may not reach.
-    places = (backends.cuda.matmul, *(getattr(backends.cudnn, name, None) for name in ("conv", "rnn")))
-    kinds: list[Any] = [place for place in places if hasattr(place, "fp32_precision")]
-    before = [(kind, "fp32_precision", kind.fp32_precision) for kind in kinds]
-    with suppress(RuntimeError):  # then these words alone say what was wanted, and the switches cannot be read
-        before = [*[(switch, "allow_tf32", switch.allow_tf32) for switch in switches], *before]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = wanted
-        for kind in kinds:
-            kind.fp32_precision = "tf32" if wanted else "ieee"
-        yield
-    finally:
-        for place, name, value in before:
-            setattr(place, name, value)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -26,14 +26,14 @@ LAYERS = [
     {"roles", "transplant", "engine", "parameters"},
     {"backbone", "weights"},
     {"processor", "recipe", "options"},
-    {"taps"},
+    {"taps", "products"},
     {"machine", "provenance", "spec", "stages"},
     {"errors"},
 ]
 # Third party at module level.
 HEAVY = {
     "errors": set(), "spec": set(), "machine": set(), "stages": set(), "backbone": {"torch"},
-    "weights": {"torch"}, "taps": {"torch"}, "parameters": {"torch"},
+    "weights": {"torch"}, "taps": {"torch"}, "products": {"torch"}, "parameters": {"torch"},
     "images": {"PIL", "numpy"}, "engine": {"torch", "numpy"},
     "store": {"h5py", "isal", "numpy"}, "runner": {"torch", "numpy"}, "plan": {"torch"}, "loop": {"torch", "numpy"},
     "writing": {"torch", "numpy"}, "bits": set(),

@@ -1,13 +1,10 @@
 """What every backbone promises: the maps asked for, channels first, and not one layer more."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
-from bbx.backbone import Backbone, _stride, normalise, tf32
+from bbx.backbone import Backbone, _stride, normalise
 from bbx.errors import ContractError, UsageError
 from bbx.parameters import parameters_until
 from bbx.providers import load_backbone
@@ -268,52 +265,3 @@ def test_compiled_and_uncompiled_stages_agree_where_a_later_layer_writes_over_th
         assert backbone.stages  # the dry forward
         raw = lasting.capture(backbone.network, backbone.taps, pixels)
         assert all(torch.equal(raw[name], values) for name, values in backbone(pixels).items())
-
-
-def raising() -> None:
-    raise ZeroDivisionError
-
-
-@pytest.fixture(params=[True, False])
-def switches(request):
-    """torch's, set to `request.param`; put back by hand, for cuDNN's is no attribute that can be deleted."""
-    found = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in found]
-    for switch in found:
-        switch.allow_tf32 = request.param
-    yield found, request.param
-    for switch, value in zip(found, before, strict=True):
-        switch.allow_tf32 = value
-
-
-def test_the_process_keeps_its_own_choice_of_tf32(switches):
-    found, before = switches
-    for wanted in (True, False):
-        with tf32(wanted):
-            assert [switch.allow_tf32 for switch in found] == [wanted, wanted]
-        with pytest.raises(ZeroDivisionError), tf32(wanted):
-            raising()
-        assert [switch.allow_tf32 for switch in found] == [before, before]
-
-
-TF32_BY_NEW_WORDS = """
-import torch
-from bbx.backbone import tf32
-matmul, conv, rnn = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-{mixed}
-before = [part.fp32_precision for part in (matmul, conv, rnn)]
-for wanted in (True, False):
-    with tf32(wanted):
-        assert [matmul.allow_tf32, torch.backends.cudnn.allow_tf32] == [wanted, wanted]
-    assert [part.fp32_precision for part in (matmul, conv, rnn)] == before, (wanted, before)
-"""
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch has had these words since 2.9")
-@pytest.mark.parametrize(
-    "mixed",
-    ["matmul.fp32_precision = 'tf32'", "conv.fp32_precision = 'ieee'", "torch.backends.fp32_precision = 'tf32'",
-     "matmul.fp32_precision = conv.fp32_precision = rnn.fp32_precision = 'ieee'"],
-)  # fmt: skip
-def test_a_process_that_says_tf32_by_torchs_new_words_keeps_them(mixed):
-    subprocess.run([sys.executable, "-c", TF32_BY_NEW_WORDS.format(mixed=mixed)], check=True)
