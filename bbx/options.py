@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
 from bbx.errors import UsageError
 from bbx.spec import (
+    BatchSize,
     ChannelsLast,
     Compress,
     Decode,
@@ -28,7 +30,8 @@ _WORDS = {
     "compress": Compress, "resize_mode": ResizeMode, "exif": ExifMode, "decode": Decode, "engine": Engine,
     "channels_last": ChannelsLast,
 }  # fmt: skip
-_WHOLE = ("workers", "max_pixels")
+
+_MOST: Any = sys.float_info.max
 
 
 def sides(size: Any) -> tuple[int, int] | None:
@@ -41,25 +44,40 @@ def sides(size: Any) -> tuple[int, int] | None:
     return int(pair[0]), int(pair[1])
 
 
-def check_numbers(**options: float | None) -> None:
-    """Raises `UsageError` for what is no number above zero."""
-    for name, value in options.items():
-        kind = Integral if name in _WHOLE else Real
-        if value is not None and not (isinstance(value, kind) and value > 0):
-            hint = f"a {'whole ' * (kind is Integral)}number above 0; leave it out for the default"
-            raise UsageError(f"--{name.replace('_', '-')} cannot be {value!r}", hint)
+def whole(name: str, value: Any) -> int:
+    """A whole number above zero, of whatever kind, as Python's own. Raises `UsageError`."""
+    if not (isinstance(value, Integral) and int(value) > 0):
+        raise _no_number(name, value, "whole number")
+    return int(value)
 
 
-def check_batch_size(value: Any, *, deterministic: bool) -> None:
-    """Raises `UsageError` unless it is a number above zero, or `auto` where that may be."""
+def number(name: str, value: Any) -> float:
+    """As `whole`, but for the fraction."""
+    if not (isinstance(value, Real) and float(min(value, _MOST)) > 0):
+        raise _no_number(name, value, "number")
+    return float(min(value, _MOST))
+
+
+def _no_number(name: str, value: Any, kind: str) -> UsageError:
+    hint = f"a {kind} above 0; leave it out for the default"
+    return UsageError(f"--{name.replace('_', '-')} cannot be {value!r}", hint)
+
+
+def batch_size_of(value: Any, *, deterministic: bool) -> BatchSize | None:
+    """A number above zero, of whatever kind, as Python's own; or `auto` where that may be. Raises `UsageError`."""
+    if value is None:
+        return None
     auto = isinstance(value, str) and value == "auto"
     if auto and deterministic:
         raise UsageError(
             "--deterministic does not go with --batch-size auto, which may measure another size each time",
             "give --batch-size a number, or leave it out",
         )
-    if value is not None and not auto and not (isinstance(value, Integral) and int(value) > 0):
+    if auto:
+        return "auto"
+    if not (isinstance(value, Integral) and int(value) > 0):
         raise UsageError(f"--batch-size cannot be {value!r}", "a whole number from 1 on, or auto, which measures")
+    return int(value)
 
 
 def check_words(options: Mapping[str, Any]) -> None:

@@ -53,7 +53,7 @@ def plan(what: Plan, *, verbose: bool = False) -> None:
         grid.add_row("retry", plain("there is no output yet, and so no failed row"))
     if what.deterministic:
         grid.add_row("bits", plain("deterministic: the same on this machine each time"))
-    if what.compress != "none":
+    if what.compress != "none" and target.state != "complete":
         grid.add_row("packed", plain(f"by {what.compress} at the end; until then both take their room"))
     if target.state == "complete":
         grid.add_row("complete", plain("this very run is there already: nothing to do"))
@@ -118,7 +118,7 @@ def _line_writer(console: Console) -> Callable[[Summary], None]:
         last = time.monotonic()
         seen = summary.done + summary.failed
         rate = summary.images_per_second
-        left = time.strftime("%H:%M:%S", time.gmtime((summary.rows - seen) / rate)) if rate else "?"
+        left = clock_text((summary.rows - seen) / rate) if rate else "?"
         if summary.packed:
             console.print(plain(f"packing, {summary.packed:.0%}"))
             return
@@ -165,6 +165,12 @@ def rates_text(rates: Rates, rows: int) -> str:
     shared = f"; {rate_text(rates.expected)} on shared cores" if rates.expected < rates.least else ""
     long = duration_text(rows / rates.expected)
     return f"{rates.limit}: {rate_text(rates.least)} images/s ({others}){shared}: about {long} for {rows:,} images"
+
+
+def clock_text(seconds: float) -> str:
+    """`107892.0` → `29:58:12`: hours do not begin again with each day."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest:02}"
 
 
 def duration_text(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from bbx.backbone import Backbone, normalise
 from bbx.bits import same_bits
-from bbx.engine import EngineSettings, Work, choose, grow, kept_memory, usual_batch
+from bbx.engine import EngineSettings, Work, choose, forward_rate, grow, kept_memory, usual_batch
 from bbx.engine import deterministic as only_deterministic
 from bbx.errors import ImageError, UsageError
 from bbx.gpu_decode import can_decode, check_device, decoders_for
@@ -23,7 +24,7 @@ from bbx.images import MAX_PIXELS, DecodeSettings, ImageList, cell_dtype, find_i
 from bbx.images.decoders import TIMEOUT
 from bbx.loop import Progress, run_loop
 from bbx.machine import cores
-from bbx.options import check_batch_size, check_numbers, check_words, sides
+from bbx.options import batch_size_of, check_words, number, sides, whole
 from bbx.plan import Plan, Summary, attempt, find_device, free_nbytes
 from bbx.rates import LONG, measured
 from bbx.rebuild import Request, check_weights, config_of, images_of, options_of
@@ -139,8 +140,9 @@ def extract(
         "pool": pool,
     }  # fmt: skip
     given = {name: value for name, value in wishes.items() if value is not None}
-    check_batch_size(batch_size, deterministic=deterministic)
-    check_numbers(workers=workers, image_timeout=image_timeout, max_pixels=max_pixels)
+    batch_size = batch_size_of(batch_size, deterministic=deterministic)
+    workers = None if workers is None else whole("workers", workers)
+    image_timeout, max_pixels = number("image_timeout", image_timeout), whole("max_pixels", max_pixels)
     words = {"mode": mode, "on_error": on_error, "compress": compress, "engine": engine, "channels_last": channels_last}
     check_words({**words, **given})
     if retry_failed and images is None and like is None and not given:
@@ -160,10 +162,16 @@ def extract(
     run = run_of(backbone, dtype=options["dtype"], pool=options["pool"], source=request.to_json())
     path = Path(output)
     target = check_target(path, run, found.keys, mode, retry_failed=retry_failed)
+    seconds = math.inf  # --deterministic keeps to the word: what is measured may be another thing when it is resumed
+    if engine == "compile" and not deterministic:
+        seconds = _eager_seconds(backbone, where, run, target.pending)
 
     def settings(size: int) -> EngineSettings:
         # By all rows, not by those that are left: a resumed run computes as it began.
-        return choose(backbone, where, engine=engine, channels_last=channels_last, rows=len(found), batch_size=size)
+        return choose(
+            backbone, where, engine=engine, channels_last=channels_last, rows=len(found), batch_size=size,
+            seconds=seconds,
+        )  # fmt: skip
 
     wanted, said = _batch_size(batch_size, backbone, where, Work(run.dtype, run.pool, 1), settings, target)
     at_once = min(wanted, len(found))
@@ -203,6 +211,15 @@ def extract(
         ) as writer:  # fmt: skip
             run_loop(plan, writer, writer.pending, summary, on_error=on_error, progress=progress, stop=stop)
     return summary
+
+
+def _eager_seconds(backbone: Backbone, device: torch.device, run: RunSpec, rows: int) -> float:
+    """How long eager code computes for `rows` images, as far as a second's measuring tells."""
+    size = min(usual_batch(backbone, device), rows)
+    if not size:
+        return 0.0
+    how = choose(backbone, device, rows=rows, batch_size=size)
+    return rows / forward_rate(backbone, device, Work(run.dtype, run.pool, size), how).rate
 
 
 def _batch_size(

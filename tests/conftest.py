@@ -50,6 +50,12 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bbx.providers.PROVIDERS, "toy", ("tests.toy",))
 
 
+@pytest.fixture(autouse=True)
+def threads_as_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many threads as a test sets, also in a container that has the time of fewer."""
+    monkeypatch.setattr("bbx.engine.settings.quota", lambda: float("inf"))
+
+
 @pytest.fixture
 def picture():
     """`picture(path, seed)`: a small photograph-like PNG or JPEG, another for each seed."""

@@ -215,7 +215,7 @@ def measured_with(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineSettings,
 
 
 def test_a_run_that_compiles_is_measured_with_eager_code_and_its_plan_says_so(pictures, monkeypatch, measured_with):
-    monkeypatch.setattr(settings, "COMPILE_PAYS", {"cpu": 1})
+    monkeypatch.setattr(settings, "COMPILE_PAYS", {"cpu": 0.0})
     plan = plan_of(pictures, engine="compile", device="cpu", dry_run=True)
     assert plan.engine.engine == "compile"
     assert [how.engine for how, _ in measured_with] == ["eager"]
@@ -270,6 +270,12 @@ def test_the_limit_reads_as_a_sentence():
     told = "compute: 31 images/s (decode 280, store 600): about 9 h for 1,000,000 images"
     assert rates_text(Rates(280, 31, 600), 1_000_000) == told
     assert [duration_text(s) for s in (0.2, 42, 300, 32400, 864000)] == ["1 s", "42 s", "5 min", "9 h", "10 days"]
+
+
+def test_hours_to_go_do_not_begin_again_with_each_day():
+    from bbx.run_report import clock_text
+
+    assert [clock_text(s) for s in (0.4, 61, 107_892, 864_000)] == ["00:00:00", "00:01:01", "29:58:12", "240:00:00"]
 
 
 @pytest.mark.parametrize(
@@ -352,6 +358,31 @@ def test_bench_measures_the_engine_of_a_long_job(bbx_cli, decoding):
     facts = json.loads(bbx_cli("bench", "toy", "--json", "--workers", 12, "--batch-size", 96).out)
     assert set(decoding) == {12}
     assert facts["batch_size"] == 96
+
+
+def test_the_extraction_at_the_end_keeps_within_its_room_and_says_so(bbx_cli, monkeypatch):
+    monkeypatch.setattr("bbx.bench.measure._END_NBYTES", 200_000)
+    ran = bbx_cli("bench", "toy", "--stages", "stem", "--batch-size", 20, "--json")
+    facts = json.loads(ran.out)
+    assert ran.code == 0, ran.err
+    assert facts["end_rows"] == 200_000 // (4 * 16 * 16 * 4) < 6 * 20
+    assert any("the 120 that keep busy" in note and "--batch-size" in note for note in facts["notes"])
+    monkeypatch.undo()
+
+
+def test_where_compiled_code_wins_its_own_batch_size_is_told(bbx_cli, monkeypatch, decoding):
+    from bbx import rates
+    from bbx.bench import measure
+
+    def rate(_backbone: object, _device: object, work: Work, settings: EngineSettings) -> Tried:
+        return Tried(work.batch_size, 500.0 if settings.engine == "compile" else 100.0)
+
+    for place in (measure, rates, probe):
+        monkeypatch.setattr(place, "forward_rate", rate)
+    monkeypatch.setattr("bbx.engine.settings._missing_compiler", lambda _device: "")
+    facts = json.loads(bbx_cli("bench", "toy", "--engine", "compile", "--batch-size", 3, "--json").out)
+    assert (facts["best_engine"], facts["best_batch_size"]) == ("compile", 3)
+    assert "--batch-size 3 --engine compile" in facts["command"]
 
 
 def test_bench_needs_no_disk_for_a_long_job(bbx_cli, tmp_path, monkeypatch, decoding):

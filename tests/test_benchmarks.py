@@ -2,6 +2,7 @@
 
 import io
 import sys
+from dataclasses import replace
 from datetime import date
 from importlib import import_module
 from pathlib import Path
@@ -12,13 +13,13 @@ from rich.console import Console
 
 import bbx
 from bbx.images import decode_one
-from tests.benchmarks import compare, measure, numerics, pictures
-from tests.benchmarks.__main__ import added
+from tests.benchmarks import compare, limits, measure, numerics, pictures
+from tests.benchmarks.__main__ import added, contests, parsed
 from tests.benchmarks.compare import Contestant
 from tests.benchmarks.jobs import JOBS, Job
 from tests.benchmarks.measure import RunError, Taken
 from tests.benchmarks.pieces import NullSink, forward, keywords, past_deepest, plan_of, rows
-from tests.benchmarks.report import FLOORS, HELD, MARKS, Row, draw, write_json, write_readme
+from tests.benchmarks.report import FLOORS, HELD, MARKS, Row, draw, unmeasured, write_json, write_readme
 from tests.benchmarks.rivals import RIVALS, Rival
 from tests.benchmarks.rivals.task import Task
 from tests.benchmarks.settings import Settings
@@ -76,7 +77,58 @@ def test_a_ratio_is_taken_only_from_what_was_timed_often():
     equal = [Contestant(f"rival{place}", ("equal",), 32, 2) for place in range(3)]
     seconds = dict(zip([own, docs, *equal], (99.0, 99.0, 10.0, 12.0, 13.0), strict=True))
     entered = {one: (Taken(taken, taken, taken, 0, 0), 0.0) for one, taken in seconds.items()}
-    assert [one for one in entered if compare._is_near(one, entered)] == [own, docs, *equal[:2]]
+    near = [one for one in entered if compare._is_near(one, entered)]
+    assert near == [own, docs, *equal[:2]]
+    results = {
+        one: compare.Result(one, 100, 5 if one in near else 1, taken, replace(taken, seconds=0.5), 0, 0.0)
+        for one, (taken, _) in entered.items()
+    }
+    # What was slow to warm up, and fast the once that it was timed, is in no ratio.
+    results[equal[2]] = replace(results[equal[2]], whole=replace(results[equal[2]].whole, seconds=1.0))
+    ratios = {row.measure: row for row in compare._ratios(JOBS["A"], results, Settings(Path(), repeats=5))}
+    best = ratios["job A ÷ best rival given equal workers"]
+    assert "rival0 equal" in best.value
+    assert best.number == pytest.approx(10 / 99)
+    assert "÷ timm loop" not in " ".join(ratios)
+
+
+def test_what_noise_has_swallowed_is_no_number():
+    one = Taken(2, 2, 2, 0, 0)
+    row = compare.Result(Contestant("bbx"), 4, 1, one, replace(one, seconds=3, cpu=3), 0, 0.0).row(JOBS["A"])
+    assert "2.00 images/s, – once it runs" in row.value
+    assert "CPU – ms/image" in row.value
+
+
+def test_on_a_gpu_other_floors_count():
+    own, loop = Contestant("bbx"), Contestant("timm_loop", ("docs", "equal"), 32, 16)
+    start = Taken(1, 1, 1, 0, 0)
+    results = {
+        one: compare.Result(one, 100, 5, replace(start, seconds=seconds), start, 0, 0.0)
+        for one, seconds in ((own, 3.0), (loop, 9.0))
+    }
+    rows = list(compare._ratios(JOBS["B"], results, Settings(Path(), device="cuda", rivals=("timm_loop",))))
+    row = next(row for row in rows if row.measure == "job B ÷ timm loop given equal workers, on a GPU")
+    assert (row.number, row.verdict) == (pytest.approx(3), "met")
+    rows += limits._of_pieces(90.0, {"decode": 300.0, "forward": 200.0, "store": 100.0})
+    assert (rows[-1].number, rows[-1].verdict) == (0.9, "met")
+    assert "store" in rows[-1].value
+    assert unmeasured(rows) == ["job A ÷ timm loop given equal workers, on a GPU"]
+    assert unmeasured([]) == list(FLOORS)
+
+
+@pytest.mark.parametrize("words", [("--images", "0"), ("--repeats", "-1"), ("--images", "many"), ("--jobs", "D")])
+def test_an_odd_command_line_is_refused(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    with pytest.raises(SystemExit, match="2"):
+        parsed()
+    assert words[1] in capsys.readouterr().err
+
+
+def test_a_job_that_bbx_refuses_is_an_error_in_the_table_with_its_words(tmp_path):
+    settings = Settings(tmp_path, images=1, jobs=("C",), options=("--batch-size", "none"))
+    (row,) = contests(settings)
+    assert row.verdict == "error"
+    assert "--batch-size 'none' is no number of images" in row.value
 
 
 def test_the_pictures_are_the_same_each_time(folder, tmp_path):
@@ -159,16 +211,29 @@ def test_a_refused_option_is_an_error_in_the_table(folder, tmp_path, monkeypatch
         options = keywords(command[command.index("--stages") + 2 : command.index("--mode")])
         if "no_such_option" in options:
             raise RunError("error: No such option: --no-such-option")
-        bbx.extract(folder, model="toy", weights="random", stages="all", output=output, mode="overwrite", **options)
+        options["device"] = "cpu"  # there may be no other
+        try:
+            bbx.extract(folder, model="toy", weights="random", stages="all", output=output, mode="overwrite", **options)
+        except bbx.BbxError as error:
+            raise RunError(str(error)) from None
 
-    monkeypatch.setattr(numerics, "OPTIONS", ((), ("--precision", "bf16"), ("--no-such-option", "1")))
+    monkeypatch.setattr(
+        numerics, "OPTIONS", ((), ("--precision", "bf16"), ("--no-such-option", "1"), ("--decode", "fast"))
+    )
     monkeypatch.setattr(numerics.measure, "run", run)
     monkeypatch.setattr(Settings, "pictures", folder)
-    same, bf16, refused = numerics.numerics(Settings(tmp_path, images=2, jobs=("A",)))
+    monkeypatch.setattr(Settings, "large", lambda *_: folder)
+    same, bf16, refused, fast, large = numerics.numerics(Settings(tmp_path, images=2, jobs=("A",)))
     assert same.verdict == "met"
     assert same.floor.most < bf16.number < 0.1
     assert refused.verdict == "error"
     assert "--no-such-option" in refused.value
+    assert [fast.measure, large.measure] == [f"numerics, job A: --decode fast{of}" for of in ("", " of 1920×1080")]
+    settings = Settings(tmp_path, images=2, jobs=("A",), device="cuda")
+    on_cuda = [row.measure for row in numerics.numerics(settings)]
+    assert [name.partition(": ")[2] for name in on_cuda[4:]] == [
+        "--precision tf32", "--decode gpu", "--decode fast of 1920×1080", "--decode gpu of 1920×1080"
+    ]  # fmt: skip
 
 
 def test_the_table_says_what_is_met():

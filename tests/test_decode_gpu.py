@@ -320,7 +320,7 @@ def test_many_images_at_once_are_decoded_in_batches_and_each_in_its_own_slot(tmp
 
 
 @pytest.mark.parametrize("waiting", [3, 120])
-def test_closing_ends_everything_while_images_wait(tmp_path, waiting):
+def test_closing_ends_everything_while_images_wait(tmp_path, monkeypatch, waiting):
     path = photo(tmp_path / "x.jpg", (64, 48))
     inside, go_on = threading.Event(), threading.Event()
 
@@ -333,7 +333,8 @@ def test_closing_ends_everything_while_images_wait(tmp_path, waiting):
     slot = np.zeros((224, 224, 3), np.uint8)
     futures = [device_decoders.submit(str(path), slot) for _ in range(waiting)]
     assert inside.wait(60)
-    threading.Timer(0.2, go_on.set).start()
+    closing = device_decoders._closing.set
+    monkeypatch.setattr(device_decoders._closing, "set", lambda: (closing(), go_on.set()))
     device_decoders.close()
     ends = [CancelledError if one.cancelled() else type(one.exception(0)) for one in futures]
     assert set(ends) <= {CancelledError, BbxError, type(None)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import subprocess
 import sys
 import weakref
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bbx
+from bbx import runner
 from bbx.backbone import Backbone, normalise
 from bbx.engine import EngineSettings, choose, kept_memory, settings, usual_batch
 from bbx.engine.fold import foldable
@@ -34,6 +36,7 @@ from tests.conftest import EXTRAS
 from tests.test_loop import TOLERANCE, largest_difference
 
 CPU = torch.device("cpu")
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is tested is a switch of glibc's allocator")
 # A shift of all values at which folding rounds by 5e-6 to 1e-5 of the largest.
 SHIFT = 400.0
 # Libraries that run networks in ways of their own: by methods, and by hooks that they keep installed.
@@ -83,8 +86,8 @@ def stirred(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def check_prepared(model: str, *, folds: bool, stages: str = "all") -> None:
-    backbone = stirred(load_backbone(model, weights="random", stages=stages))
+def check_prepared(model: str, *, folds: bool) -> None:
+    backbone = stirred(load_backbone(model, weights="random", stages="all"))
     pixels = noise(backbone)
     before = maps_of(backbone, pixels)
     fast = prepared(backbone, EngineSettings(channels_last=True, folded=True))
@@ -93,14 +96,16 @@ def check_prepared(model: str, *, folds: bool, stages: str = "all") -> None:
     assert apart(before, maps_of(backbone, pixels)) == 0.0  # the weights it shares are as they were
 
 
-@pytest.mark.parametrize("model", FOLDED)
-def test_a_folded_network_in_channels_last_gives_the_same_stages(model):
+@pytest.fixture
+def any_rounding(monkeypatch):
+    """Folding wherever the promise of 1e-5 holds: how much a network rounds is the processor's (of VGG-11-BN's values
+    1.1e-6 with AVX-512, 4.1e-6 with AVX2), and that more than the trial's bound is refused is tested below."""
+    monkeypatch.setattr("bbx.engine.fold.TOLERANCE", TOLERANCE)
+
+
+@pytest.mark.parametrize("model", [*FOLDED, "efficientnet-lite0"])
+def test_a_folded_network_in_channels_last_gives_the_same_stages(any_rounding, model):
     check_prepared(model, folds=True)
-
-
-def test_lite0_folds_as_far_as_its_values_stay():
-    # Its random weights are its release's: at stage5 folding rounds by 5.2e-6, where 5e-6 is allowed.
-    check_prepared("efficientnet-lite0", folds=True, stages="stage4")
 
 
 @pytest.mark.parametrize("model", UNFOLDED)
@@ -110,7 +115,7 @@ def test_a_network_without_batch_norm_is_left_alone(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", SLOW_FOLDED)
-def test_folding_holds_for_every_family(model):
+def test_folding_holds_for_every_family(any_rounding, model):
     check_prepared(model, folds=True)
 
 
@@ -426,7 +431,7 @@ def test_a_compiler_that_does_not_work_is_named_and_no_defect_of_bbx(monkeypatch
     def broken(*_args, **_kwargs):
         raise RuntimeError("CppCompileError: C++ compile error\n\nPython.h: No such file")
 
-    monkeypatch.setattr(settings, "COMPILE_PAYS", {"cpu": 1})
+    monkeypatch.setattr(settings, "COMPILE_PAYS", {"cpu": 0.0})
     monkeypatch.setattr(torch, "compile", lambda *_args, **_kwargs: broken)
     with pytest.raises(StartError, match="--engine compile failed: CppCompileError"):
         extract(pictures, model="toy", output=tmp_path / "f.h5", engine="compile", device="cpu")
@@ -463,8 +468,39 @@ def test_compiling_waits_for_a_job_that_pays_for_it_and_the_plan_says_so(bbx_cli
     options = ("--weights", "random", "--engine", "compile", "--device", "cpu", "--dry-run")
     ran = bbx_cli("extract", "--model", "resnet18", *options, pictures)
     assert ran.code == 0
-    assert "--engine compile pays from about 2,000 images on" in ran.err
+    assert "--engine compile pays from about 10 min of computing on; here are " in ran.err
     assert "eager" in ran.err
+    assert "the first batch waits" not in ran.err
+
+
+def test_what_is_left_decides_whether_compiling_pays(pictures, tmp_path, monkeypatch):
+    asked: list[int] = []
+    real = runner._eager_seconds
+
+    def seconds(backbone: Backbone, device: torch.device, run: object, rows: int) -> float:
+        asked.append(rows)
+        assert real(backbone, device, run, rows) > 0 or not rows
+        return 599.0
+
+    monkeypatch.setattr(runner, "_eager_seconds", seconds)
+    options = {"model": "resnet18", "weights": "random", "stages": "stem", "device": "cpu", "engine": "compile"}
+    (pictures / "003.png").write_bytes(b"not an image")
+    plans = []
+    extract(pictures, output=tmp_path / "f.h5", on_plan=plans.append, **options)
+    extract(pictures, output=tmp_path / "f.h5", on_plan=plans.append, retry_failed=True, **options)
+    assert asked == [7, 1]
+    assert [plan.engine.engine for plan in plans] == ["eager", "eager"]
+    assert "here are 10 min" in plans[0].notes[0]
+
+
+def test_a_deterministic_run_compiles_at_the_word(pictures, tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr(runner, "_eager_seconds", lambda *_: pytest.fail("measured"))
+    extract(
+        pictures, model="resnet18", weights="random", stages="stem", device="cpu", engine="compile", dry_run=True,
+        deterministic=True, output=tmp_path / "f.h5", on_plan=plans.append,
+    )  # fmt: skip
+    assert plans[0].engine.engine == "compile"
 
 
 def test_a_run_that_compiles_says_that_it_waits_for_that():
@@ -491,6 +527,15 @@ def test_without_a_compiler_compiling_is_refused(monkeypatch):
     with pytest.raises(StartError, match="C\\+\\+ compiler") as caught:
         choose(load_backbone("resnet18", weights="random"), CPU, engine="compile", rows=10**6, batch_size=8)
     assert "leave it out" in caught.value.hint
+    monkeypatch.setenv("CXX", "/opt/cxx")
+    with pytest.raises(StartError, match="the one that CXX names, /opt/cxx, does not run"):
+        choose(load_backbone("resnet18", weights="random"), CPU, engine="compile", rows=10**6, batch_size=8)
+
+
+def test_a_job_too_short_for_it_asks_for_no_compiler(monkeypatch):
+    monkeypatch.setattr(settings, "_missing_compiler", lambda _device: pytest.fail("asked"))
+    backbone = load_backbone("resnet18", weights="random")
+    assert choose(backbone, CPU, engine="compile", rows=5, batch_size=8, seconds=1.0).engine == "eager"
 
 
 def test_an_engine_that_does_not_exist_is_named(pictures, tmp_path):
@@ -505,7 +550,7 @@ def test_compiled_code_gives_the_same_rows_a_bad_one_and_a_last_batch_among_them
     pictures, tmp_path, monkeypatch, model
 ):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(settings, "COMPILE_PAYS", {"cpu": 1})
+    monkeypatch.setattr(settings, "COMPILE_PAYS", {"cpu": 0.0})
     (pictures / "003.png").write_bytes(b"not an image")
     options = {"model": model, "weights": "random", "stages": "0-2", "batch_size": 4, "device": "cpu"}
     extract(pictures, output=tmp_path / "eager.h5", **options)
@@ -520,26 +565,29 @@ def test_compiled_code_gives_the_same_rows_a_bad_one_and_a_last_batch_among_them
 
 
 FAULTS = """
-import resource, sys, torch
+import ctypes, resource, sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a fault may be of a huge page where the system likes them
+import torch
 from contextlib import nullcontext
 from bbx.engine import kept_memory
 with kept_memory() if sys.argv[1] == "kept" else nullcontext():
     torch.ones(16 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        torch.ones(16 << 20)  # 64 MiB, beyond what glibc ever keeps by itself: 16,384 pages, hence faults, each
+        torch.ones(16 << 20)  # 64 MiB, beyond what glibc ever keeps by itself: a fault for every page
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is tested is a switch of glibc's allocator")
+@GLIBC
 def test_memory_of_one_batch_serves_the_next():
     # In processes of their own, where nothing else has cut the heap into pieces.
     kept, usual = (
         int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)
         for how in ("kept", "usual")
     )
-    assert kept <= 2 * 16_384 < 5 * 16_384 < usual  # a piece or two may be new, where something came to lie between
+    pages = (64 << 20) // resource.getpagesize()
+    assert kept <= 2 * pages < 5 * pages < usual  # a piece or two may be new, where something came to lie between
 
 
 @pytest.mark.parametrize(
@@ -575,6 +623,7 @@ def test_a_user_who_tunes_the_allocator_is_left_alone(monkeypatch, name):
     assert usual == (platform.libc_ver()[0] == "glibc")
 
 
+@GLIBC
 def test_what_was_kept_goes_back_at_the_end(pictures, tmp_path, monkeypatch):
     trimmed = []
     libc = ctypes.CDLL(None)

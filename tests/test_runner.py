@@ -360,10 +360,13 @@ def test_peak_memory_does_not_grow_with_the_number_of_images(tmp_path, picture):
 
 def test_numbers_of_any_kind_are_taken_and_what_is_none_is_told(pictures, tmp_path):
     given = {"model": "toy", "output": tmp_path / "f.h5", "mode": "overwrite"}
-    assert extract(pictures, max_pixels=10**400, **given).done == 7
-    extract(pictures, size=np.int64(32), seed=np.int64(1), workers=np.int64(1), batch_size=np.int64(2), **given)
+    assert extract(pictures, max_pixels=10**400, image_timeout=10**400, **given).done == 7
+    numbers = {"size": np.int64(32), "seed": np.int64(1), "workers": np.int64(1), "batch_size": np.int64(2),
+               "max_pixels": np.int64(10**7), "image_timeout": np.float32(50)}  # fmt: skip
+    assert extract(pictures, **numbers, **given).done == 7
     with bbx.open(tmp_path / "f.h5") as file:
         assert file.run.preprocess.size == (32, 32)
+        assert file.attempts[0]["batch_size"] == 2
     wrongs = {"size": (32.0, (32,), "32"), "seed": (0.5, -1, 1 << 63), "workers": ("2", 2.5), "image_timeout": ("2",),
               "max_pixels": (float("nan"),), "batch_size": ("8", 0, np.array([3, 4]))}  # fmt: skip
     for seed in (0.5, np.int64(-1)):

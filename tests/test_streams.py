@@ -118,7 +118,9 @@ class Gate:
         def ask() -> int | None:
             if next(asked) < after:
                 return None
+            last = time.monotonic() + 60
             while self.begun < 3:
+                assert time.monotonic() < last, "fewer streams than three"
                 time.sleep(0.001)
             self.open_soon()
             return then()
@@ -293,7 +295,7 @@ def kill(summary):
 
 torch.set_num_threads(3)
 commit.COMMIT_NBYTES = 1
-settings.FOLD_PAYS, settings.packing_pays = 1, lambda: True
+settings.FOLD_PAYS, settings.packing_pays, settings.quota = 1, lambda: True, lambda: 3.0
 extract(sys.argv[1], model=sys.argv[2], weights="random", stages="0-2", batch_size=2, device="cpu", workers=1,
         deterministic=True, output=sys.argv[3], progress=kill)
 """

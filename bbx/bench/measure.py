@@ -23,7 +23,7 @@ from bbx.plan import Plan, Rates, Summary, attempt, free_nbytes
 from bbx.rates import LONG, decode_rate, measured, sample, write_rate
 from bbx.runner import extract
 from bbx.spec import BatchSize, Decode, Dtype, Engine, Precision
-from bbx.store import FeatureWriter
+from bbx.store import FeatureWriter, size_text
 
 END_SECONDS = 2.0
 """About how long the extraction at the end takes."""
@@ -107,8 +107,9 @@ def _measured(
     store = stored / plan.run.row_nbytes
     rates = replace(alone, store=store)
     say("all together")
-    end_to_end, rows, unread = _end_to_end(plan, folder, paths, rates, options)
+    end_to_end, rows, said = _end_to_end(plan, folder, paths, rates, options)
     best: Engine = "compile" if compiled and compiled > _COMPILE_GAIN * alone.compute else "eager"
+    best_size = growth.best if best == "eager" else plan.batch_size  # that of the compiled code that was measured
     return Bench(
         model=plan.run.model, weights=plan.run.weights, stages=tuple(stage.name for stage in plan.run.stages),
         device=str(attempt(plan)["device"]), precision=plan.run.precision, dtype=plan.run.dtype,
@@ -116,8 +117,8 @@ def _measured(
         rates=rates, decode_fast=decode_fast, decode_gpu=decode_gpu, plain=plain, compiled=compiled,
         whole=whole, batches=growth.tried, batches_why=growth.why,
         store_nbytes=stored, raw_nbytes=raw, end_to_end=end_to_end, end_rows=rows,
-        best_engine=best, best_batch_size=growth.best, command=command(growth.best, best),
-        notes=(*_notes(plan, rates, {"fast": decode_fast, "gpu": decode_gpu}), *unread),
+        best_engine=best, best_batch_size=best_size, command=command(best_size, best),
+        notes=(*_notes(plan, rates, {"fast": decode_fast, "gpu": decode_gpu}), *said),
     )  # fmt: skip
 
 
@@ -176,14 +177,15 @@ def _store_rates(plan: Plan, folder: Path) -> tuple[float, float]:
 def _end_to_end(
     plan: Plan, folder: Path, paths: Sequence[Path], rates: Rates, options: dict[str, Any]
 ) -> tuple[float, int, list[str]]:
-    """Images/s of an extraction once it is under way, how many images it took, and a note of those that are none.
+    """Images/s of an extraction once it is under way, how many images it took, and what is to be said of them.
 
     Raises `StartError` where all are: their rates would be of nothing.
     """
-    room = min(_END_NBYTES, free_nbytes(folder / "end.h5") // 4) // plan.run.row_nbytes
+    room = max(1, min(_END_NBYTES, free_nbytes(folder / "end.h5") // 4) // plan.run.row_nbytes)
     # As many as keep busy what a long job starts: streams, and decoding processes.
     least = max(_FEWEST, max(6, 2 * plan.engine.streams) * plan.batch_size, 8 * plan.workers)
-    count = max(least, min(int(rates.expected * END_SECONDS), room, LONG - 1))
+    most = min(room, LONG - 1)
+    count = min(max(least, int(rates.expected * END_SECONDS)), most)
     seen: list[tuple[int, float]] = []
 
     def progress(summary: Summary) -> None:
@@ -193,12 +195,16 @@ def _end_to_end(
     ran = extract(links, output=folder / "end.h5", progress=progress, **{**options, "batch_size": plan.batch_size})
     if not ran.done:
         raise StartError(f"not one image can be read: {next(iter(ran.failures.values()))}", "name other images")
-    unread = [f"{ran.failed} of {len(links)} images cannot be read, and are in the rates"] if ran.failed else []
+    notes = [f"{ran.failed} of {len(links)} images cannot be read, and are in the rates"] if ran.failed else []
+    if most < least:
+        room_text = f"{size_text(_END_NBYTES)}, a quarter of the disk's room, or {LONG - 1:,} images"
+        notes.append(f"all together was measured with {count:,} images: the {least:,} that keep busy what a long job "
+                     f"starts are more than {room_text} (--batch-size)")  # fmt: skip
     # The first batches wait for decoders to start.
     first = next((one for one in seen if one[0] >= count / 4), seen[-1])
     last = seen[-1]
     rows, seconds = (last[0] - first[0], last[1] - first[1]) if last[0] > first[0] else last
-    return rows / seconds, count, unread
+    return rows / seconds, count, notes
 
 
 def _command(options: dict[str, Any], images: Images | None) -> Callable[[int, Engine], str]:

@@ -173,7 +173,8 @@ def _misused(problem: Exception) -> UsageError | None:
     if tell is None or getattr(problem, "exit_code", None) != UsageError.exit_code:
         return None
     context = getattr(problem, "ctx", None)
-    return UsageError(tell(), f"{context.command_path if context else 'bbx'} --help")
+    # pydantic's own words before those that it was given
+    return UsageError(tell().replace("Value error, ", ""), f"{context.command_path if context else 'bbx'} --help")
 
 
 def _starved(problem: Exception) -> StartError | None:

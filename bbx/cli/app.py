@@ -143,7 +143,7 @@ def parse_batch_size(text: str | None) -> BatchSize | None:
     if text == "auto":
         return "auto"
     if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text.strip()):
-        hint = "a whole number from 1 on, or auto, which measures: bbx extract --help"
+        hint = "a whole number from 1 to 999999999, or auto, which measures: bbx extract --help"
         raise UsageError(f"--batch-size {text!r} is no number of images", hint)
     return int(text)
 

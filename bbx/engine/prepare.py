@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ def compiled(backbone: Backbone) -> Backbone:
     compiler made of its parts lies on disk by then (on one core, resnet18 to stage1: 16 s, then 6).
     """
     keep_compiled()
+    # It warns of a CUDA toolkit without a GPU, which on a CPU is of no interest to anyone.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return backbone.around(backbone.network, Compiled(backbone, backbone.measured_taps))
 
 

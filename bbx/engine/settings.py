@@ -26,9 +26,10 @@ MOST_IMAGES = 64
 """Images in all streams together, where a batch alone is not larger."""
 FOLD_PAYS = 128
 """Images from which on folding pays for its two forwards of a few images and the comparison."""
-COMPILE_PAYS = {"cpu": 2_000, "cuda": 300_000}
-"""Images from which on compiling may pay: it takes 10 to 250 s. Of an image it saves 5 of ResNet-50's 55 ms on a Zen 3
-core and loses 5 of swin-tiny's 78, which is eager's packing; on an H100 it saves 0.06 ms of swin-tiny's 0.2."""
+COMPILE_PAYS = {"cpu": 600.0, "cuda": 60.0}
+"""Seconds of eager computing from which on compiling may pay: it takes 10 to 250 s. Of an image it saves 5 of
+ResNet-50's 55 ms on a Zen 3 core and loses 5 of swin-tiny's 78, which is eager's packing; on an H100 it saves 0.06 ms
+of swin-tiny's 0.2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,21 @@ def choose(
     channels_last: ChannelsLast = "auto",
     rows: int,
     batch_size: int,
+    seconds: float = math.inf,
 ) -> EngineSettings:
-    """What is fastest for `rows` images, as far as the caller has not said. Raises `UsageError`, `StartError`."""
+    """What is fastest for `rows` images, as far as the caller has not said. Raises `UsageError`, `StartError`.
+
+    `seconds`: how long eager code would compute; where that is too short for compiling to pay, it is not done.
+    """
     why = ""
     if engine == "compile":
         _check_compiles(backbone, device)
-        pays = COMPILE_PAYS.get(device.type, 0)
-        if rows < pays:
-            engine, why = "eager", f"--engine compile pays from about {pays:,} images on; here are {rows:,}"
+        pays = COMPILE_PAYS[device.type]
+        if seconds < pays:
+            engine, here = "eager", f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+            why = f"--engine compile pays from about {pays / 60:.0f} min of computing on; here are {here}"
         else:
+            _check_compiler(device)
             why = "--engine compile: the first batch waits for the code, a minute or so"
     last = channels_last == "yes" or (channels_last == "auto" and _gains_by_channels_last(backbone, device))
     compiled, on_cpu = engine == "compile", device.type == "cpu"
@@ -123,12 +130,22 @@ def _folds(backbone: Backbone) -> bool:
 
 
 def _check_compiles(backbone: Backbone, device: torch.device) -> None:
-    """Raises where `torch.compile` cannot be had."""
+    """Raises where `torch.compile` would not go with what is asked for."""
     if any(tap.free for tap in backbone.wanted):
         raise UsageError("--engine compile does not go with --layers", "leave one of them out")
     if device.type not in COMPILE_PAYS:
         raise UsageError(f"--engine compile is for cpu and cuda, not {device.type}", "leave it out")
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raises where this machine cannot compile."""
+    named = os.environ.get("CXX", "") if device.type == "cpu" else ""
     missing = _missing_compiler(device)
+    if missing and named:
+        raise StartError(
+            f"--engine compile needs {missing}, and the one that CXX names, {named}, does not run",
+            "unset CXX, or have it name another; or leave --engine compile out",
+        )
     if missing:
         raise StartError(f"--engine compile needs {missing}, which this machine lacks", "install it, or leave it out")
 

@@ -2,6 +2,8 @@
 
 `exactly` is bit-equal to `torchvision/transforms/functional.py` (`resize`, `center_crop`) on the PIL path; Pillow's
 shortcuts (`draft`, `reducing_gap`, `box`) change pixels, and only `fast` takes them, but for a `box` that is proven.
+Of trained EfficientNet-Lite0's maps of five photographs of 1920 x 1080, `fast` changes 2 to 11 % in rms, and single
+cells by up to 27 % of a map's largest value; of noise, by up to 60 %.
 """
 
 from __future__ import annotations

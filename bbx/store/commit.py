@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -99,7 +100,8 @@ class Committer:
             self._wake.clear()
             try:
                 if not self._due and time.monotonic() < latest:
-                    disk.begin_writing(self._fd)
+                    with suppress(Exception):  # a hint, and no row depends on it
+                        disk.begin_writing(self._fd)
                     continue
                 self._due = False
                 self._commit()

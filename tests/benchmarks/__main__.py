@@ -15,6 +15,7 @@ from tests.benchmarks import machine
 from tests.benchmarks.compare import contest
 from tests.benchmarks.jobs import JOBS
 from tests.benchmarks.limits import limits
+from tests.benchmarks.measure import RunError
 from tests.benchmarks.numerics import numerics
 from tests.benchmarks.pictures import ROOT
 from tests.benchmarks.report import Row, draw, read_json, unmeasured, write_json, write_readme
@@ -25,7 +26,10 @@ from tests.benchmarks.settings import Settings
 def contests(settings: Settings) -> Iterator[Row]:
     """All jobs, one after the other."""
     for name in settings.jobs:
-        yield from contest(JOBS[name], settings)
+        try:
+            yield from contest(JOBS[name], settings)
+        except RunError as error:  # the other jobs still have something to say
+            yield Row(f"job {name}: bbx", f"failed: {error}", error=True)
 
 
 PARTS: dict[str, Callable[[Settings], Iterator[Row]]] = {"jobs": contests, "limits": limits, "numerics": numerics}
@@ -40,8 +44,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", type=_listed, default=[*PARTS], help=f"of {','.join(PARTS)}, or ''")
     parser.add_argument("--jobs", type=_listed, default=[*JOBS], help="of A,B,C")
     parser.add_argument("--rivals", type=_listed, default=[], help=f"of {','.join(names)}")
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5, help="of each process; the median counts")
+    parser.add_argument("--images", type=_count, default=200)
+    parser.add_argument("--repeats", type=_count, default=5, help="of each process; the median counts")
     parser.add_argument("--device", default="cpu", metavar="D", help="where all sides compute: cpu, cuda")
     parser.add_argument("--bbx-options", default="", help='passed on to bbx extract, such as "--batch-size 16"')
     parser.add_argument("--python", action="append", default=[], metavar="RIVAL=PATH", help="an interpreter of its own")
@@ -55,6 +59,12 @@ def parsed() -> argparse.Namespace:
         if unknown := set(getattr(given, option)) - set(valid):
             parser.error(f"--{option}: {', '.join(sorted(unknown))}: not of {', '.join(valid)}")
     return given
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def _listed(text: str) -> list[str]:

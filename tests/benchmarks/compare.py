@@ -78,8 +78,9 @@ class Result:
         """Its line of the table."""
         per = (self.whole.cpu - self.start.cpu) / max(self.images - 1, 1)
         value = (
-            f"{self.rate:.2f} images/s, {self.steady:.2f} once it runs · start {self.start.seconds:.1f} s · "
-            f"on disk after {self.whole.synced:.1f} s · CPU {1000 * per:.0f} ms/image · peak {self.peak / 1e6:,.0f} MB"
+            f"{self.rate:.2f} images/s, {_told(self.steady)} once it runs · start {self.start.seconds:.1f} s · "
+            f"on disk after {self.whole.synced:.1f} s · CPU {_told(1000 * per, '.0f')} ms/image · "
+            f"peak {self.peak / 1e6:,.0f} MB"
             f" · {self.whole.nbytes / 1e6:,.1f} MB · rows back {1000 * self.back:.2f} ms each · "
             f"{self.runs} run{'s' * (self.runs > 1)}"
         )
@@ -193,9 +194,13 @@ def _ratios(job: Job, results: dict[Contestant, Result], settings: Settings) -> 
     """bbx against the best with equal workers, the best with its batch size, too, and against AutoBackbone's docs."""
     own = next((result for one, result in results.items() if not one.forms), None)
     for form, words in (("equal", "equal workers"), ("tuned", "equal workers and bbx's batch size")):
-        given = [result for one, result in results.items() if form in one.forms]
+        # Of those that were timed as often as bbx, and in turn with it.
+        given = [result for one, result in results.items() if form in one.forms and result.runs == settings.repeats]
         best = max(given, key=lambda result: result.rate, default=None)
         yield _ratio(f"job {job.name} ÷ best rival given {words}", own, best)
+    if settings.device != "cpu":
+        loops = [result for one, result in results.items() if one.name == "timm_loop" and "equal" in one.forms]
+        yield _ratio(f"job {job.name} ÷ timm loop given equal workers, on a GPU", own, loops[0] if loops else None)
     docs = [result for one, result in results.items() if one.name == "autobackbone" and "docs" in one.forms]
     backbone = next(rival for rival in RIVALS if rival.name == "autobackbone")
     if settings.wants(backbone.name) and job.name not in backbone.cannot:
@@ -207,4 +212,9 @@ def _ratio(measured: str, own: Result | None, other: Result | None) -> Row:
         return Row(measured, "nothing to compare with", error=True)
     ratio, steady = own.rate / other.rate, own.steady / other.steady
     rates = f"{own.rate:.1f} and {other.rate:.1f} images/s of {own.images}; {other.contestant.label}"
-    return Row(measured, f"{ratio:.2f} × whole process, {steady:.2f} × once it runs ({rates})", ratio)
+    return Row(measured, f"{ratio:.2f} × whole process, {_told(steady)} × once it runs ({rates})", ratio)
+
+
+def _told(number: float, form: str = ".2f") -> str:
+    """A dash for what noise has swallowed: so few pictures do not tell it from the start."""
+    return f"{number:{form}}" if number > 0 else "–"

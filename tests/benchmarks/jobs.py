@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.measure import RunError
 from tests.benchmarks.pictures import ROOT
 
 
@@ -47,8 +48,10 @@ def extract(job: Job, images: Path, output: Path, options: Sequence[str] = ()) -
 
 
 def plan(job: Job, images: Path, options: Sequence[str] = ()) -> dict[str, Any]:
-    """What bbx is about to do, such as `batch_size` and `workers`: its own `--dry-run --json`."""
+    """What bbx is about to do, such as `batch_size` and `workers`: its own `--dry-run --json`. Raises `RunError`."""
     command = bbx("extract", *job.words(), *options, "--dry-run", "--json", "-q", "-o", "none.h5", images)
-    ran = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if ran.returncode:
+        raise RunError((ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[0])
     found: dict[str, Any] = json.loads(ran.stdout)
     return found

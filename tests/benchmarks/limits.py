@@ -8,9 +8,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from bbx.errors import BbxError
@@ -69,7 +70,7 @@ def _pieces(job: Job, settings: Settings) -> Iterator[Row]:
 
     All in turn, a piece a process: what this machine does in a second is not the same from one minute to the next.
     """
-    count, once = machine.cores(), replace(settings, repeats=1)
+    once = replace(settings, repeats=1)
     output = settings.folder / "out"
     sizes = {"short": settings.images, "long": _LONGER * settings.images}
     sides: dict[str, Callable[[], Any]] = {
@@ -77,15 +78,30 @@ def _pieces(job: Job, settings: Settings) -> Iterator[Row]:
         for name, size in sizes.items()
     }
     sides |= {name: partial(piece, name, job, once) for name in ("decode", "forward", "store")}
-    sides["alone"] = partial(piece, "forward", job, once, cores=1)
+    if settings.device == "cpu":
+        sides["alone"] = partial(piece, "forward", job, once, cores=1)
     found = measure.alternate(sides, settings.repeats)
     cpu = {name: statistics.median(map(_per, found[name])) for name in sides if name not in sizes}
-    for name, told in (("decode", "decode"), ("forward", "forward, null sink")):
-        rate = statistics.median(one["images"] / one["seconds"] for one in found[name])
-        yield Row(f"limit: {told} alone", f"{rate:.1f} images/s, CPU {cpu[name]:.1f} ms/image", rate)
-    yield Row("limit: forward alone on one core", f"CPU {cpu['alone']:.1f} ms/image", cpu["alone"])
+    rates = {}
+    for name, told in (("decode", "decode"), ("forward", "forward, null sink"), ("store", "store")):
+        rates[name] = statistics.median(one["images"] / one["seconds"] for one in found[name])
+        yield Row(f"limit: {told} alone", f"{rates[name]:.1f} images/s, CPU {cpu[name]:.1f} ms/image", rates[name])
     short, long = (measure.median(found[name]).seconds for name in sizes)
     rate = (sizes["long"] - sizes["short"]) / max(long - short, 1e-9)
+    yield from _of_cores(rate, cpu) if settings.device == "cpu" else _of_pieces(rate, rates)
+
+
+def _of_pieces(rate: float, rates: Mapping[str, float]) -> Iterator[Row]:
+    """On a GPU, where a piece is what is waited for: `rate` beside the slowest of them."""
+    least = min(rates, key=rates.__getitem__)
+    value = f"{rate / rates[least]:.3f} ({rate:.1f} of {rates[least]:.1f} images/s: {least})"
+    yield Row("end to end ÷ least of decode, forward and store, on a GPU", value, rate / rates[least])
+
+
+def _of_cores(rate: float, cpu: Mapping[str, float]) -> Iterator[Row]:
+    """On a CPU, where all pieces want the same cores: `rate` beside what their `cpu`, ms an image, allows."""
+    count = machine.cores()
+    yield Row("limit: forward alone on one core", f"CPU {cpu['alone']:.1f} ms/image", cpu["alone"])
     # Each part as the engine runs it, on all cores, which share caches and memory; beside it, by a core to itself.
     ideal, by_one = (1000 * count / (cpu["decode"] + cpu[name] + cpu["store"]) for name in ("forward", "alone"))
     parts = " + ".join(f"{name} {cpu[name]:.1f}" for name in ("decode", "forward", "store"))
@@ -125,12 +141,22 @@ def _store(job: Job, settings: Settings) -> Iterator[Row]:
 
 
 def _killed(job: Job, settings: Settings) -> Iterator[Row]:
-    """SIGKILL half-way, and the same command again: what that costs over a run that was left alone."""
+    """SIGKILL half-way, and the same command again: what that costs over a run that was left alone, in turn with it."""
     output = settings.folder / "out"
     command = [word for word in jobs.extract(job, settings.pictures, output, settings.words)]
     command[command.index("overwrite")] = "auto"
+    few = jobs.extract(job, settings.some(1), output, settings.words)
+    taken = [_interrupted(command, few, output) for _ in range(settings.repeats)]
+    cost, whole, start, kept = (statistics.median(column) for column in zip(*taken, strict=True))
+    value = f"{cost:.1f} s over an undisturbed run of {whole:.1f} s, a start of {start:.1f} s among them; "
+    value += f"{kept:.0f} of {settings.images} rows were kept at the kill half-way"
+    yield Row("kill + resume", value, cost)
+
+
+def _interrupted(command: Sequence[str], few: Sequence[str], output: Path) -> tuple[float, float, float, int]:
+    """Seconds that a kill half-way costs, of the whole without it, of a start; and how many rows were kept."""
     whole = measure.run(command, output).seconds
-    start = measure.run(jobs.extract(job, settings.some(1), output, settings.words), output).seconds
+    start = measure.run(few, output).seconds
     measure.remove(output)
     os.sync()
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -141,16 +167,17 @@ def _killed(job: Job, settings: Settings) -> Iterator[Row]:
     began = time.perf_counter()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     resumed = time.perf_counter() - began
-    cost = (whole + start) / 2 + resumed - whole
-    value = f"{cost:.1f} s over an undisturbed run of {whole:.1f} s, a start of {start:.1f} s among them; "
-    value += f"{kept} of {settings.images} rows were kept at the kill half-way"
-    yield Row("kill + resume", value, cost, error=bool(again.returncode))
     measure.remove(output)
+    if again.returncode:
+        raise measure.RunError((again.stderr.strip().splitlines() or ["no words"])[0])
+    return (whole + start) / 2 + resumed - whole, whole, start, kept
 
 
-def _done(output: Any) -> int:
+def _done(output: Path) -> int:
     import bbx
 
+    if not output.with_name(f"{output.name}.partial").exists():
+        return 0
     with bbx.open(output, partial=True) as file:
         return int(file.counts.done)
 

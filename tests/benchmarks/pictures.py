@@ -13,8 +13,8 @@ SAMPLES = ROOT / "sample_images"
 SIZE = (640, 480)
 
 
-def make(folder: Path, count: int) -> Path:
-    """`count` JPEGs, the same ones each time; gives the folder."""
+def make(folder: Path, count: int, size: tuple[int, int] = SIZE) -> Path:
+    """`count` JPEGs of `size` (width, height), the same ones each time; gives the folder."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     sources = [Image.open(path).convert("RGB") for path in sorted(SAMPLES.glob("*.[jp][pn]g"))]
@@ -22,7 +22,7 @@ def make(folder: Path, count: int) -> Path:
         picture = sources[number % len(sources)]
         width, height = (int(side * random.uniform(0.6, 0.95)) for side in picture.size)
         left, top = random.integers(0, picture.width - width), random.integers(0, picture.height - height)
-        crop = picture.crop((left, top, left + width, top + height)).resize(SIZE)
+        crop = picture.crop((left, top, left + width, top + height)).resize(size)
         crop.save(folder / f"{number:06}.jpg", quality=90)
     return folder
 

@@ -44,6 +44,11 @@ class Settings:
         folder = self.folder / f"pictures-{count}"
         return folder if folder.exists() else pictures.some(folder, self.pictures, count)
 
+    def large(self, count: int) -> Path:
+        """A folder of `count` pictures of full HD; made on first use."""
+        folder = self.folder / f"large-{count}"
+        return folder if folder.exists() else pictures.make(folder, count, (1920, 1080))
+
     def python(self, rival: str) -> str:
         """The interpreter that runs it."""
         return self.pythons.get(rival, sys.executable)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults import replay
-from tests.faults.conftest import BAD
+from tests.faults.conftest import BAD, Case
 from tests.faults.evidence import Truth, assert_same, check
 from tests.faults.tamper import Fault
-from tests.faults.test_kill import SETTINGS
+from tests.faults.test_kill import SETTINGS, clear
 from tests.faults.victim import Request
 
 pytestmark = pytest.mark.slow
@@ -36,11 +36,15 @@ def record(server, words: Sequence[str], folder: Path) -> list[replay.Event]:
     return events
 
 
-def begun(server, words: Sequence[str], folder: Path) -> None:
-    """A killed run, with some rows committed."""
-    ended = server.run(Request(tuple(words), str(folder), fault=Fault("fdatasync", 12, kill=True)))
-    assert ended.code == -signal.SIGKILL
-    assert (folder / "features.h5.partial").exists()
+def begun(server, job: Case, folder: Path) -> None:
+    """A killed run, with some rows committed and some not: on a slow disk few syncs are all that there are."""
+    for syncs in (12, 8, 6, 5, 4):
+        ended = server.run(Request(job.words, str(folder), fault=Fault("fdatasync", syncs, kill=True)))
+        assert ended.code in (-signal.SIGKILL, 4)  # it may have come to its end before
+        if 0 < len(check(folder, job.truth)) < len(job.truth):
+            return
+        clear(folder)
+    raise AssertionError("no moment was found at which some rows are committed")
 
 
 def lay(folder: Path, files: dict[str, bytes]) -> Path:
@@ -74,7 +78,7 @@ def test_after_a_loss_of_power_every_row_that_counts_is_right(server, case, tmp_
     home = tmp_path / "home"
     home.mkdir()
     if path == "resumed":
-        begun(server, job.words, home)
+        begun(server, job, home)
     words = job.words
     if path == "retried":
         assert server.run(Request(words, str(home))).code == 4
