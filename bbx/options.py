@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -31,8 +31,6 @@ _WORDS = {
     "channels_last": ChannelsLast,
 }  # fmt: skip
 
-_MOST: Any = sys.float_info.max
-
 
 def sides(size: Any) -> tuple[int, int] | None:
     """`224` or `(height, width)`, in pixels, as the latter; None stays so. Raises `UsageError`."""
@@ -53,9 +51,13 @@ def whole(name: str, value: Any) -> int:
 
 def number(name: str, value: Any) -> float:
     """As `whole`, but for the fraction."""
-    if not (isinstance(value, Real) and float(min(value, _MOST)) > 0):
+    try:
+        found = float(value) if isinstance(value, Real) else 0.0
+    except OverflowError:
+        found = math.inf
+    if not found > 0:
         raise _no_number(name, value, "number")
-    return float(min(value, _MOST))
+    return found
 
 
 def _no_number(name: str, value: Any, kind: str) -> UsageError:
