@@ -25,7 +25,7 @@ from bbx.backbone import Backbone, normalise
 from bbx.engine import EngineSettings, choose, kept_memory, settings, usual_batch
 from bbx.engine.fold import foldable
 from bbx.engine.memory import keep
-from bbx.engine.pack import PackedWeight
+from bbx.engine.pack import ANY, NARROW, PackedWeight, packable
 from bbx.engine.prepare import prepared
 from bbx.engine.replica import replica
 from bbx.engine.switches import deterministic, own_threads, usual_threads
@@ -100,7 +100,7 @@ def check_prepared(model: str, *, folds: bool) -> None:
 def any_rounding(monkeypatch):
     """Folding wherever the promise of 1e-5 holds: how much a network rounds is the processor's (of VGG-11-BN's values
     1.1e-6 with AVX-512, 4.1e-6 with AVX2), and that more than the trial's bound is refused is tested below."""
-    monkeypatch.setattr("bbx.engine.fold.TOLERANCE", TOLERANCE)
+    monkeypatch.setattr("bbx.engine.trial.TOLERANCE", TOLERANCE)
 
 
 @pytest.mark.parametrize("model", [*FOLDED, "efficientnet-lite0"])
@@ -283,6 +283,9 @@ def test_without_memory_to_try_it_nothing_is_folded(monkeypatch):
     assert backbone.stages  # measured while there was memory
     monkeypatch.setattr(Backbone, "_run", full)
     assert foldable(backbone) == ()
+    wide = of_modules(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(900, 900), nn.Unflatten(2, (30, 30)))
+    monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
+    assert packable(wide, wide=True) == 0
 
 
 def test_folding_keeps_no_map_that_the_network_is_done_with():
@@ -306,18 +309,24 @@ def test_folding_keeps_no_map_that_the_network_is_done_with():
     assert alive[0] == 0
 
 
+@pytest.mark.parametrize("most", [NARROW, ANY], ids=["narrow", "any"])
 @pytest.mark.parametrize("model", ["swin_t", "convnext_tiny", "vit_b_32"])
-def test_packed_layers_give_the_same_stages(model):
+def test_packed_layers_give_the_same_stages(model, most):
     backbone = load_backbone(model, weights="random", stages="all")
     before = maps_of(backbone, noise(backbone))
-    fast = prepared(backbone, EngineSettings(packed=True))
+    fast = prepared(backbone, EngineSettings(packed=most))
     again = replica(fast)  # as every stream has one
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         after = maps_of(again, noise(backbone))
-    narrow = [one for one in backbone.network.modules() if isinstance(one, nn.Linear) and one.in_features <= 192]
+    layers = [one for one in backbone.network.modules() if type(one) is nn.Linear and one.in_features <= most]
+    past = [one for one in layers if one.out_features == 1000]  # the classifier
     ran = {event.key: event.count for event in profile.key_averages()}
-    assert ran.get("mkldnn::_linear_pointwise", 0) == len(narrow)  # swin gives its weights to F.linear by itself
-    assert apart(before, after) <= 1e-6
+    assert ran.get("mkldnn::_linear_pointwise", 0) == len(layers) - len(
+        past
+    )  # swin gives its weights to F.linear itself
+    weights = [one for one in again.network.parameters() if isinstance(one, PackedWeight)]
+    assert [one.packed is None for one in weights].count(True) == len(past)
+    assert apart(before, after) <= (1e-6 if most == NARROW else 5e-6)
     assert apart(before, maps_of(backbone, noise(backbone))) == 0.0
 
 
@@ -336,16 +345,25 @@ def test_a_packed_weight_is_a_plain_tensor_to_all_but_linear():
 
 
 def test_layers_are_packed_where_that_pays(monkeypatch):
-    def is_packed(model: str, **changes: Any) -> bool:
+    def is_packed(model: str, **changes: Any) -> int:
         backbone = load_backbone(model, weights="random").to(CPU, precision=changes.pop("precision", "float32"))
         return choose(backbone, CPU, **{"rows": 5000, "batch_size": 8, **changes}).packed
 
-    monkeypatch.setattr("bbx.engine.settings.packing_pays", lambda: True)
-    assert is_packed("swin_t")
+    monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: NARROW)
+    assert is_packed("swin_t") == NARROW
     assert not is_packed("resnet18")  # its one linear layer is the classifier's, of 512 inputs
+    monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
+    assert is_packed("swin_t") == ANY
+    assert is_packed("swin_t", rows=10) == NARROW  # too few to try what wide layers change
+    with monkeypatch.context() as patched:
+        patched.setattr("bbx.engine.pack._MOST_NBYTES", 10 << 20)
+        assert is_packed("swin_t") == NARROW
+    with monkeypatch.context() as patched:
+        patched.setattr("bbx.engine.trial.TOLERANCE", 0.0)
+        assert is_packed("swin_t") == NARROW
     assert not is_packed("swin_t", precision="bf16")
     assert not is_packed("swin_t", engine="compile")
-    monkeypatch.setattr("bbx.engine.settings.packing_pays", lambda: False)
+    monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: 0)
     assert not is_packed("swin_t")
 
 

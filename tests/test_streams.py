@@ -23,6 +23,7 @@ from bbx.backbone import Backbone
 from bbx.cli.signals import Signalled
 from bbx.engine import Computed
 from bbx.engine.compute import Compute
+from bbx.engine.pack import ANY
 from bbx.errors import ImageError, InterruptedRunError, RunMismatchError, StartError, WriteError
 from bbx.plan import Plan
 from bbx.runner import extract
@@ -285,7 +286,7 @@ def test_failed_rows_are_retried(album, tmp_path):
 
 KILLED = """
 import os, signal, sys, torch
-from bbx.engine import settings
+from bbx.engine import pack, settings
 from bbx.runner import extract
 from bbx.store import commit
 
@@ -295,7 +296,7 @@ def kill(summary):
 
 torch.set_num_threads(3)
 commit.COMMIT_NBYTES = 1
-settings.FOLD_PAYS, settings.packing_pays, settings.quota = 1, lambda: True, lambda: 3.0
+settings.TRIAL_PAYS, pack.faster_up_to, settings.quota = 1, lambda: pack.ANY, lambda: 3.0
 extract(sys.argv[1], model=sys.argv[2], weights="random", stages="0-2", batch_size=2, device="cpu", workers=1,
         deterministic=True, output=sys.argv[3], progress=kill)
 """
@@ -305,8 +306,8 @@ extract(sys.argv[1], model=sys.argv[2], weights="random", stages="0-2", batch_si
 def test_deterministic_bits_survive_a_kill_with_folded_and_packed_layers(album, tmp_path, monkeypatch, model, how):
     for row in range(14, IMAGES):
         (album / f"{row:03}.png").unlink()
-    monkeypatch.setattr("bbx.engine.settings.FOLD_PAYS", 1)
-    monkeypatch.setattr("bbx.engine.settings.packing_pays", lambda: True)
+    monkeypatch.setattr("bbx.engine.settings.TRIAL_PAYS", 1)
+    monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
     options = {**OPTIONS, "model": model, "weights": "random", "stages": "0-2", "deterministic": True}
     plans: list[Plan] = []
     extract(album, output=tmp_path / "whole.h5", on_plan=plans.append, **options)

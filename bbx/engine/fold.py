@@ -12,16 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bbx.backbone import Backbone, is_out_of_memory
 from bbx.engine.replica import replica
+from bbx.engine.trial import hard_pixels, maps_of, same
 from bbx.taps import keep_marks
 
-TOLERANCE = 5e-6
-"""Of a map's largest value: what folding may change. Measured: 3e-7 to 4.1e-6; between flat pictures it differs by a
-factor of 1.8, and all together stays below 1e-5."""
 Pairs = tuple[tuple[str, str], ...]
 """Paths of a convolution and the normalisation after it."""
 
@@ -55,7 +52,7 @@ def _tried(backbone: Backbone) -> Pairs:
     if not kinds & set(_AFTERWARDS):
         return ()
     trial = replica(backbone)
-    pixels = _hard(trial)
+    pixels = hard_pixels(trial)
     try:
         pairs, before = _pairs(trial, pixels)
     except RuntimeError as error:
@@ -66,26 +63,9 @@ def _tried(backbone: Backbone) -> Pairs:
         return ()
     fold(trial.network, pairs)
     try:
-        with torch.inference_mode():
-            after = trial(pixels)
-        same = all(_difference(before[name], after[name]) <= TOLERANCE for name in before)
+        return pairs if same(before, maps_of(trial, pixels)) else ()
     except (AttributeError, RuntimeError, TypeError):  # the network looks into the module that is no longer there
-        same = False
-    return pairs if same else ()
-
-
-def _hard(backbone: Backbone) -> Tensor:
-    """Noise, and a dark and a white picture of next to no contrast, the same each time, `(3, 3, h, w)`.
-
-    Where a picture is flat, trained weights take away nearly all of it again: what is left rounds ten times as much.
-    """
-    like, preprocess = next(backbone.network.parameters()), backbone.preprocess
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn((3, *preprocess.size), generator=generator)
-    step = torch.randint(0, 2, noise.shape, generator=generator) / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
-    flat = [(picture - mean) / std for picture in (0.02 + step, 1 - step)]
-    return torch.stack([noise, *flat]).to(like.device)
+        return ()
 
 
 def _pairs(backbone: Backbone, pixels: Tensor) -> tuple[Pairs, dict[str, Tensor]]:
@@ -114,18 +94,18 @@ def _pairs(backbone: Backbone, pixels: Tensor) -> tuple[Pairs, dict[str, Tensor]
 
         return hook
 
-    with ExitStack() as hooks, torch.inference_mode():
+    with ExitStack() as hooks:
         for path, module in network.named_modules():
             if type(module).__name__ in _CONVOLUTIONS:
                 hooks.callback(module.register_forward_hook(made(path)).remove)
             elif type(module).__name__ in _AFTERWARDS:
                 hooks.callback(module.register_forward_pre_hook(taken(path)).remove)
-        before = backbone(pixels)
+        before = maps_of(backbone, pixels)
     users = Counter(found.values())
     pairs = [(conv, norm) for norm, conv in found.items()
              if calls[conv] == calls[norm] == users[conv] == 1 and conv not in tapped
              and _sums(network.get_submodule(norm), network.get_submodule(conv))]  # fmt: skip
-    return tuple(pairs), {name: tensor.clone() for name, tensor in before.items()}
+    return tuple(pairs), before
 
 
 def _sums(norm: Any, convolution: Any) -> bool:
@@ -159,9 +139,3 @@ def _folded(conv: Any, norm: Any) -> Iterator[Tensor]:
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
-
-
-def _difference(before: Tensor, after: Tensor) -> float:
-    """The largest of any image, relative to that image's largest value."""
-    largest = before.abs().flatten(1).amax(1).clamp_min(torch.finfo(before.dtype).tiny)
-    return float(((before - after).abs().flatten(1).amax(1) / largest).max())

@@ -29,7 +29,7 @@ def prepared(backbone: Backbone, settings: EngineSettings) -> Backbone:
     if settings.folded:
         fold(ready.network, foldable(backbone))
     if settings.packed:
-        pack(ready)
+        pack(ready, settings.packed)
     return compiled(ready) if settings.engine == "compile" else ready
 
 

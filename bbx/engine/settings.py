@@ -14,7 +14,7 @@ from torch import nn
 
 from bbx.backbone import Backbone
 from bbx.engine.fold import foldable
-from bbx.engine.pack import packing_pays, packs
+from bbx.engine.pack import packable
 from bbx.engine.switches import usual_threads
 from bbx.errors import StartError, UsageError
 from bbx.machine import quota
@@ -24,8 +24,8 @@ from bbx.spec import ChannelsLast, Engine
 MOST_STREAMS = 8
 MOST_IMAGES = 64
 """Images in all streams together, where a batch alone is not larger."""
-FOLD_PAYS = 128
-"""Images from which on folding pays for its two forwards of a few images and the comparison."""
+TRIAL_PAYS = 128
+"""Images from which on folding and packing pay for the two forwards of a few images that try what they change."""
 COMPILE_PAYS = {"cpu": 600.0, "cuda": 60.0}
 """Seconds of eager computing from which on compiling may pay: it takes 10 to 250 s. Of an image it saves 5 of
 ResNet-50's 55 ms on a Zen 3 core and loses 5 of swin-tiny's 78, which is eager's packing; on an H100 it saves 0.06 ms
@@ -36,21 +36,22 @@ of swin-tiny's 0.2."""
 class EngineSettings:
     """`streams` batches at once, each on `threads` threads; the rest is done to the network once.
 
-    `folded`: batch normalisation goes into the convolution before it; `packed`: narrow linear layers are oneDNN's.
+    `folded`: batch normalisation goes into the convolution before it; `packed`: linear layers of up to so many inputs
+    are oneDNN's.
     `why` is what a user should know of the choice.
     """
 
     engine: Engine = "eager"
     channels_last: bool = False
     folded: bool = False
-    packed: bool = False
+    packed: int = 0
     streams: int = 1
     threads: int = 1
     why: str = ""
 
     def describe(self) -> str:
         """A few words for the plan."""
-        facts = {"channels last": self.channels_last, "batch norm folded": self.folded, "packed": self.packed}
+        facts = {"channels last": self.channels_last, "batch norm folded": self.folded, "packed": bool(self.packed)}
         words = [self.engine, *(word for word, true in facts.items() if true)]
         return ", ".join([*words, f"{self.streams} × {self.threads} thread{'s' * (self.threads > 1)}"])
 
@@ -81,14 +82,15 @@ def choose(
             why = "--engine compile: the first batch waits for the code, a minute or so"
     last = channels_last == "yes" or (channels_last == "auto" and _gains_by_channels_last(backbone, device))
     compiled, on_cpu = engine == "compile", device.type == "cpu"
+    packs = on_cpu and not compiled and backbone.precision == "float32"
     budget = max(1, min(usual_threads(), math.ceil(min(quota(), 1 << 20))))
     # Compiled code is for one thread at a time; on an accelerator one thread keeps the queue of work full.
     streams = 1 if compiled or not on_cpu else _streams(budget, rows, batch_size)
     return EngineSettings(
         engine,
         channels_last=last,
-        folded=on_cpu and not compiled and rows >= FOLD_PAYS and _folds(backbone),
-        packed=on_cpu and not compiled and backbone.precision == "float32" and packing_pays() and packs(backbone),
+        folded=on_cpu and not compiled and rows >= TRIAL_PAYS and _folds(backbone),
+        packed=packable(backbone, wide=rows >= TRIAL_PAYS) if packs else 0,
         streams=streams,
         threads=max(1, budget // streams),
         why=why,

@@ -18,7 +18,8 @@ from tests.benchmarks.settings import Settings
 # What the others are held against: every lever off, folding and packing, which have no option, included.
 EXACT = ("--precision", "float32", "--engine", "eager", "--channels-last", "no", "--decode", "exact")
 # They and compiling wait for jobs and machines that pay for them; here they are to happen, or not, whatever it pays.
-_CODE = """import bbx.engine.settings as s; s.FOLD_PAYS = 1 if {levers} else 1 << 60; s.packing_pays = lambda: {levers}
+_CODE = """import bbx.engine.settings as s, bbx.engine.pack as p; s.TRIAL_PAYS = 1 if {levers} else 1 << 60
+p.faster_up_to = lambda: p.ANY if {levers} else 0
 s.COMPILE_PAYS = dict.fromkeys(s.COMPILE_PAYS, 0.0)
 from bbx.cli import main; main()"""
 # Each on top of EXACT.
