@@ -280,10 +280,11 @@ def test_without_memory_to_try_it_nothing_is_folded(monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
 
     backbone = of_modules(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    wide = of_modules(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(900, 900), nn.Unflatten(2, (30, 30)))
     assert backbone.stages  # measured while there was memory
+    assert wide.stages
     monkeypatch.setattr(Backbone, "_run", full)
     assert foldable(backbone) == ()
-    wide = of_modules(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(900, 900), nn.Unflatten(2, (30, 30)))
     monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
     assert packable(wide, wide=True) == 0
 
