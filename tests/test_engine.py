@@ -356,6 +356,7 @@ def test_layers_are_packed_where_that_pays(monkeypatch):
     monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
     assert is_packed("swin_t") == ANY
     assert is_packed("swin_t", rows=10) == NARROW  # too few to try what wide layers change
+    assert not is_packed("resnet18")  # its classifier does not run
     with monkeypatch.context() as patched:
         patched.setattr("bbx.engine.pack._MOST_NBYTES", 10 << 20)
         assert is_packed("swin_t") == NARROW

@@ -79,7 +79,10 @@ def packable(backbone: Backbone, *, wide: bool) -> int:
 
 
 def _stays(backbone: Backbone, most_inputs: int) -> bool:
-    """Whether the maps stay as they are, tried once, on a replica; not so where there is no memory to try it."""
+    """Whether any layer that runs is packed, and the maps stay as they are; tried once, on a replica.
+
+    Not so where there is no memory to try it.
+    """
     known = backbone.__dict__
     if "_packs" not in known:
         trial = replica(backbone)
@@ -87,7 +90,9 @@ def _stays(backbone: Backbone, most_inputs: int) -> bool:
         try:
             before = maps_of(trial, pixels)
             pack(trial, most_inputs)
-            known["_packs"] = same(before, maps_of(trial, pixels))
+            after = maps_of(trial, pixels)
+            weights = [one for one in trial.network.parameters() if isinstance(one, PackedWeight)]
+            known["_packs"] = any(one.packed is not None for one in weights) and same(before, after)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
