@@ -1,7 +1,7 @@
 """Whether a resumed `--deterministic` run gives the bits that the starts before it would have given.
 
-What decides them: device, versions, layout and folding, the size of a batch, and on a CPU the threads that a sum is
-cut up for. How many batches are computed at once does not: each is computed alone, on its stream's threads.
+What decides them: device, versions, layout, folding and packing, the size of a batch, and on a CPU the threads that a
+sum is cut up for. How many batches are computed at once does not: each is computed alone, on its stream's threads.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -18,64 +18,77 @@ import torch
 _turn = threading.Condition()
 _waiting: deque[object] = deque()
 """In the order in which they came, lest one waits for ever."""
-_inside = 0
-_tf32 = False
+_inside: set[object] = set()
+_tf32: bool | None = None
+"""What CUDA's switches are set to; None while nobody inside has asked."""
 _restore: list[Callable[[], None]] = []
 _own = threading.local()
-# Words of torch 2.9 and later for a CPU's products; what is less than float32 is rare, as set_float32_matmul_precision
-# ("medium") is, and then oneDNN computes in bfloat16 where the processor can.
+# What a CPU's products may be instead, as after set_float32_matmul_precision("medium"), where the processor can.
 _LESS = ("tf32", "bf16")
 
 
+def products(device: torch.device, *, tf32: bool) -> AbstractContextManager[None]:
+    """Holds for what is computed on `device` while this lasts; what is traced for a compiler, it leaves alone."""
+    return nullcontext() if torch.compiler.is_compiling() else _held(device.type == "cuda", tf32)
+
+
 @contextmanager
-def products(device: torch.device, *, tf32: bool) -> Iterator[None]:
-    """Holds for what is computed while this lasts, on the CPU and on CUDA; a graph is traced as the process has it."""
-    if torch.compiler.is_compiling() or getattr(_own, "inside", False):
+def _held(cuda: bool, tf32: bool) -> Iterator[None]:
+    if getattr(_own, "inside", False):  # a forward within a forward goes by the outer one
         yield
         return
-    _own.inside = _entered(device, tf32)
+    ticket = object()
     try:
+        _own.inside = _enter(ticket, cuda, tf32)
         yield
     finally:
-        if _own.inside:
-            _leave()
         _own.inside = False
+        _leave(ticket)
 
 
-def _entered(device: torch.device, tf32: bool) -> bool:
-    """Whether the switches are held, for a call of `_leave`; a CPU whose products are float32 anyway needs none."""
-    global _inside, _tf32, _restore
+def _enter(ticket: object, cuda: bool, tf32: bool) -> bool:
+    """Whether the switches are held now; a CPU whose products are float32 anyway has no need of them."""
+    global _tf32, _restore
     with _turn:
-        if device.type != "cuda" and not _inside and not _waiting and not _lessened():
+        if not cuda and not _inside and not _lessened():
             return False
-        ticket = object()
         _waiting.append(ticket)
         try:
-            _turn.wait_for(lambda: _waiting[0] is ticket and (not _inside or _tf32 == tf32))
+            # A CPU's switches are the same for all.
+            _turn.wait_for(lambda: _waiting[0] is ticket and (not cuda or not _inside or _tf32 in (None, tf32)))
+            if not _inside:
+                _restore, _tf32 = _restoring(), None
+            _inside.add(ticket)
+            for kind in _cpu_kinds():
+                kind.fp32_precision = "ieee"
+            if _tf32 is None and (cuda or not _cpu_kinds()):
+                _tf32 = tf32
+                _choose(tf32)
         finally:
             _waiting.remove(ticket)
             _turn.notify_all()
-        if not _inside:
-            _restore = _restoring()
-            _choose(tf32)
-            _tf32 = tf32
-        _inside += 1
         return True
 
 
-def _leave() -> None:
-    global _inside
+def _leave(ticket: object) -> None:
+    """Of no effect for whoever never was inside."""
     with _turn:
-        _inside -= 1
-        if not _inside:
-            for put_back in _restore:
-                put_back()
-            _turn.notify_all()
+        if ticket in _inside:
+            _inside.remove(ticket)
+            try:
+                if not _inside:
+                    for put_back in _restore:
+                        put_back()
+            finally:
+                _turn.notify_all()
 
 
-def _lessened() -> list[Any]:
-    """A CPU's kinds of operation whose products are not float32."""
-    return [kind for kind in _cpu_kinds() if kind.fp32_precision in _LESS]
+def _lessened() -> bool:
+    """Whether a CPU's products may be less than float32; before torch 2.9, one word said so for all kinds."""
+    kinds = _cpu_kinds()
+    if not kinds:
+        return torch.get_float32_matmul_precision() == "medium"
+    return any(kind.fp32_precision in _LESS for kind in kinds)
 
 
 def _cpu_kinds() -> list[Any]:
@@ -104,8 +117,14 @@ def _restoring() -> list[Callable[[], None]]:
             found.append(partial(setattr, switch, "allow_tf32", switch.allow_tf32))
     with suppress(RuntimeError):
         found.append(partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
-    kinds = [*_words(), *_cpu_kinds()]
-    return [*found, *(partial(setattr, kind, "fp32_precision", kind.fp32_precision) for kind in kinds)]
+    return [*found, *(partial(_say, kind, kind.fp32_precision) for kind in (*_words(), *_cpu_kinds()))]
+
+
+def _say(kind: Any, word: str) -> None:
+    """Has `kind` be `word`, by itself only where it does not follow from what is said of all kinds."""
+    kind.fp32_precision = "none"
+    if kind.fp32_precision != word:
+        kind.fp32_precision = word
 
 
 def _choose(tf32: bool) -> None:
@@ -113,5 +132,3 @@ def _choose(tf32: bool) -> None:
         switch.allow_tf32 = tf32
     for kind in _words():
         kind.fp32_precision = "tf32" if tf32 else "ieee"
-    for kind in _cpu_kinds():
-        kind.fp32_precision = "ieee"

@@ -164,10 +164,10 @@ def extract(
     target = check_target(path, run, found.keys, mode, retry_failed=retry_failed)
     seconds = math.inf  # --deterministic keeps to the word: what is measured may be another thing when it is resumed
     if engine == "compile" and not deterministic:
-        seconds = _eager_seconds(backbone, where, run, target.pending)
+        seconds = _eager_seconds(backbone, where, run, target.pending, channels_last)
 
     def settings(size: int) -> EngineSettings:
-        # By all rows, not by those that are left: a resumed run computes as it began.
+        # By all rows, not by those that are left: a resumed run computes as it began, but for what compiling pays.
         return choose(
             backbone, where, engine=engine, channels_last=channels_last, rows=len(found), batch_size=size,
             seconds=seconds,
@@ -213,12 +213,19 @@ def extract(
     return summary
 
 
-def _eager_seconds(backbone: Backbone, device: torch.device, run: RunSpec, rows: int) -> float:
-    """How long eager code computes for `rows` images, as far as a second's measuring tells."""
+def _eager_seconds(
+    backbone: Backbone, device: torch.device, run: RunSpec, rows: int, channels_last: ChannelsLast
+) -> float:
+    """How long eager code computes for `rows` images, as far as a second's measuring tells.
+
+    Raises where compiling could not be had, however long that is.
+    """
     size = min(usual_batch(backbone, device), rows)
+    how = choose(
+        backbone, device, engine="compile", channels_last=channels_last, rows=rows, batch_size=size, seconds=0.0
+    )
     if not size:
         return 0.0
-    how = choose(backbone, device, rows=rows, batch_size=size)
     return rows / forward_rate(backbone, device, Work(run.dtype, run.pool, size), how).rate
 
 

@@ -367,7 +367,6 @@ def test_the_extraction_at_the_end_keeps_within_its_room_and_says_so(bbx_cli, mo
     assert ran.code == 0, ran.err
     assert facts["end_rows"] == 200_000 // (4 * 16 * 16 * 4) < 6 * 20
     assert any("the 120 that keep busy" in note and "--batch-size" in note for note in facts["notes"])
-    monkeypatch.undo()
 
 
 def test_where_compiled_code_wins_its_own_batch_size_is_told(bbx_cli, monkeypatch, decoding):

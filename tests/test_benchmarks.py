@@ -77,7 +77,7 @@ def test_a_ratio_is_taken_only_from_what_was_timed_often():
     equal = [Contestant(f"rival{place}", ("equal",), 32, 2) for place in range(3)]
     seconds = dict(zip([own, docs, *equal], (99.0, 99.0, 10.0, 12.0, 13.0), strict=True))
     entered = {one: (Taken(taken, taken, taken, 0, 0), 0.0) for one, taken in seconds.items()}
-    near = [one for one in entered if compare._is_near(one, entered)]
+    near = [one for one in entered if compare._is_near(one, entered, Settings(Path()))]
     assert near == [own, docs, *equal[:2]]
     results = {
         one: compare.Result(one, 100, 5 if one in near else 1, taken, replace(taken, seconds=0.5), 0, 0.0)
@@ -101,6 +101,11 @@ def test_what_noise_has_swallowed_is_no_number():
 
 def test_on_a_gpu_other_floors_count():
     own, loop = Contestant("bbx"), Contestant("timm_loop", ("docs", "equal"), 32, 16)
+    entered = {Contestant("fx", ("equal",), 32, 16): (Taken(1, 1, 1, 0, 0), 0.0), loop: (Taken(9, 9, 9, 0, 0), 0.0)}
+    assert [compare._is_near(loop, entered, Settings(Path(), device=device)) for device in ("cpu", "cuda")] == [
+        False,
+        True,
+    ]
     start = Taken(1, 1, 1, 0, 0)
     results = {
         one: compare.Result(one, 100, 5, replace(start, seconds=seconds), start, 0, 0.0)
@@ -114,6 +119,9 @@ def test_on_a_gpu_other_floors_count():
     assert "store" in rows[-1].value
     assert unmeasured(rows) == ["job A ÷ timm loop given equal workers, on a GPU"]
     assert unmeasured([]) == list(FLOORS)
+    both = unmeasured([*rows, Row("end to end ÷ what CPU time allows", "1", 1.0)])
+    assert "job A ÷ best rival given equal workers" in both
+    assert "job A ÷ timm loop given equal workers, on a GPU" in both
 
 
 @pytest.mark.parametrize("words", [("--images", "0"), ("--repeats", "-1"), ("--images", "many"), ("--jobs", "D")])
@@ -172,16 +180,19 @@ def test_sides_take_turns():
     assert order == ["a", "b", "a", "b"]
 
 
-def test_the_forward_alone_runs_the_loop_over_every_row(folder, tmp_path, monkeypatch):
+def test_the_forward_alone_is_what_all_rows_take_more_than_a_quarter_of_them(folder, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(NullSink, "write", lambda self, rows, maps, inputs: written.extend(rows.tolist()))
-    plan = plan_of(TOY, folder, tmp_path / "none.h5", ("--batch-size", "2"))
+    many = pictures.some(tmp_path / "many", folder, 8)
+    plan = plan_of(TOY, many, tmp_path / "none.h5", ("--batch-size", "2"))
     assert plan.batch_size == 2
     before = decode_one(plan.images.path(0), plan.run.preprocess)
     monkeypatch.setattr("tests.benchmarks.pieces.decode_one", lambda *_: before)
     monkeypatch.setattr("bbx.images.decoders.Process", None)  # nothing is decoded
-    assert forward(plan)["images"] == 3
-    assert written[-3:] == [0, 1, 2]
+    taken = iter([(0.0, 0.0), (2.0, 3.0), (5.0, 10.0), (11.0, 20.0)])  # start and end of the quarter, and of all
+    monkeypatch.setattr("tests.benchmarks.pieces.clocks", lambda: next(taken))
+    assert forward(plan) == {"images": 6, "seconds": 4.0, "cpu": 7.0}
+    assert written == [0, 1, 2, 3, 0, 1, *range(8)]
     assert not (tmp_path / "none.h5").exists()
 
 
@@ -271,12 +282,17 @@ def test_the_readme_gets_the_rows_that_have_a_floor(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
     tuned = Row("job B ÷ best rival given equal workers and bbx's batch size", "1.3 ×", 1.3)
-    write_readme(path, "a machine", [tuned, *(Row(name, "1", 1.0) for name in FLOORS), Row("limit: raw write", "9")])
+    bf16 = [Row(f"numerics, job {job}: --precision bf16", "", number) for job, number in (("A", 0.0123), ("B", 0.4))]
+    refused = Row("numerics, job A: --decode fast", "refused", error=True)
+    every = [Row(name, "1", 1.0) for name in FLOORS]
+    write_readme(path, "a machine", [tuned, *every, Row("limit: raw write", "9"), *bf16, refused])
     lines = path.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
     assert lines[2:4] == ["| a machine | | floor |", "|---|---|---|"]
     assert lines[4] == f"| {tuned.measure} | 1.3 × |  |"
     assert len([line for line in lines if line.startswith("| job")]) == 4
+    told = "; by option, the worst stage: --precision bf16 (A 1e-02, B 4e-01), --decode fast (A failed) | ≤ 1e-05 |"
+    assert lines[-4].endswith(told)
     assert lines[-3] == (
         "| start-up: bbx --help, bbx info, bbx show of one grid "
         "| **missed**: 1 · **missed**: 1 · 1 | ≤ 0.3, ≤ 0.5, ≤ 1.5 |"

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -29,6 +31,13 @@ def usual(request):
     yield [request.param] * 2
     for switch, value in zip(SWITCHES, before, strict=True):
         switch.allow_tf32 = value
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    last = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < last
+        time.sleep(0.001)
 
 
 def raising() -> None:
@@ -71,14 +80,12 @@ def test_forwards_that_want_the_same_share_and_others_wait(usual):
 
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(first)]
-        while not module._inside:
-            pass
+        wait_for(lambda: len(module._inside) == 1)
         pool.submit(share).result(60)
         assert joined.is_set()
         for count, work in enumerate((other, late), 1):
             running.append(pool.submit(work))
-            while len(module._waiting) < count:
-                pass
+            wait_for(lambda count=count: len(module._waiting) == count)
         assert went == []
         first_may_go.set()
         for one in running:
@@ -105,10 +112,33 @@ def test_many_threads_leave_what_was_there(usual):
     assert allowed() == usual
 
 
-def test_a_cpu_whose_products_are_float32_waits_for_nobody():
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: products(CPU, tf32=False).__enter__()).result(60) is None
-    assert not module._inside
+def test_a_cpu_waits_for_nobody_and_leaves_cudas_switches_alone(usual):
+    with products(CPU, tf32=False):
+        assert not module._inside
+        assert allowed() == usual
+
+    def compute() -> list[bool]:
+        with products(CPU, tf32=False):
+            return allowed()
+
+    with products(CUDA, tf32=True), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(compute).result(60) == [True, True]
+    assert allowed() == usual
+
+
+def test_what_is_interrupted_on_its_way_leaves_nothing_behind(usual, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("_choose", "_restoring"):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, interrupt)
+            with pytest.raises(KeyboardInterrupt), products(CUDA, tf32=not usual[0]):
+                pass
+        assert (allowed(), len(module._inside), len(module._waiting)) == (usual, 0, 0)
+        with products(CUDA, tf32=not usual[0]):
+            assert allowed() == [not usual[0]] * 2
+    assert allowed() == usual
 
 
 # Each in a process of its own, for some of torch's words cannot be unsaid.
@@ -134,6 +164,10 @@ for device in ("cpu", "cuda"):
             if device == "cuda":
                 assert [backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32] == [wanted, wanted]
         assert words()[: len(before)] == before, (device, wanted, words(), before)
+# What only follows from what is said of all kinds, still does.
+if "backends.fp32_precision" in {said!r}:
+    backends.fp32_precision = "ieee"
+    assert [part.fp32_precision for part in parts] == ["ieee"] * 6, words()
 """
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bbx.backbone import Backbone, is_out_of_memory
+from bbx.engine.fold import Pairs, fold
 from bbx.engine.replica import replica
 from bbx.engine.trial import hard_pixels, maps_of, same
 
@@ -27,6 +28,7 @@ NARROW, ANY = 192, 1 << 62
 _MOST_NBYTES = 1 << 30
 """Of packed weights, which come beside the others: where all were more, only narrow ones are packed."""
 _OPS: Any = torch.ops.mkldnn
+_LINEAR = F.linear  # as it is now: some libraries (TorchLens) put wrappers of their own in its place
 
 
 class PackedWeight(Tensor):
@@ -50,7 +52,7 @@ class PackedWeight(Tensor):
     ) -> Any:
         """Anything but `F.linear` of float32 sees plain tensors."""
         with torch._C.DisableTorchFunctionSubclass():
-            if func is not F.linear or kwargs or not isinstance(args[1], cls) or not _is_plain(args[0]):
+            if func is not _LINEAR or kwargs or not isinstance(args[1], cls) or not _is_plain(args[0]):
                 return func(*args, **kwargs or {})
             given, weight, *bias = args
             if weight.packed is None:  # two streams may come to it at once, and make the same
@@ -64,40 +66,41 @@ def pack(backbone: Backbone, most_inputs: int) -> None:
         layer._parameters["weight"] = PackedWeight.of(layer.weight)  # type: ignore[assignment]
 
 
-def packable(backbone: Backbone, *, wide: bool) -> int:
+def packable(backbone: Backbone, pairs: Pairs, *, wide: bool) -> int:
     """Up to how many inputs packing pays here and keeps the values, 0 where there is nothing to pack.
 
-    `wide`: the job is long enough for a trial, which wide layers need.
+    `pairs` are folded, too. `wide`: the job is long enough for a trial, which wide layers need.
     """
     most = faster_up_to()
     layers = _layers(backbone, most)
     if most > NARROW and len(layers) > len(_layers(backbone, NARROW)):
         fits = sum(layer.weight.nbytes for layer in layers) <= _MOST_NBYTES
-        if not (wide and fits and _stays(backbone, most)):
+        if not (wide and fits and _stays(backbone, pairs, most)):
             most = NARROW
     return most if _layers(backbone, most) else 0
 
 
-def _stays(backbone: Backbone, most_inputs: int) -> bool:
-    """Whether any layer that runs is packed, and the maps stay as they are; tried once, on a replica.
+def _stays(backbone: Backbone, pairs: Pairs, most_inputs: int) -> bool:
+    """Whether any layer that runs is packed, and the maps stay as they are with all that is folded besides.
 
-    Not so where there is no memory to try it.
+    Tried once, on a replica; not so where there is no memory to try it.
     """
-    known = backbone.__dict__
-    if "_packs" not in known:
+    known: dict[Pairs, bool] = backbone.__dict__.setdefault("_packs", {})
+    if pairs not in known:
         trial = replica(backbone)
         pixels = hard_pixels(trial)
         try:
             before = maps_of(trial, pixels)
+            fold(trial.network, pairs)
             pack(trial, most_inputs)
             after = maps_of(trial, pixels)
             weights = [one for one in trial.network.parameters() if isinstance(one, PackedWeight)]
-            known["_packs"] = any(one.packed is not None for one in weights) and same(before, after)
+            known[pairs] = any(one.packed is not None for one in weights) and same(before, after)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            known["_packs"] = False
-    return bool(known["_packs"])
+            known[pairs] = False
+    return known[pairs]
 
 
 def _layers(backbone: Backbone, most_inputs: int) -> list[nn.Linear]:

@@ -1,4 +1,4 @@
-"""How a network is run on this machine: threads, layout, folding, compiling. None of it changes a value beyond 1e-5."""
+"""How a network is run here: threads, layout, folding, packing, compiling. None of it changes a value beyond 1e-5."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from bbx.backbone import Backbone
 from bbx.engine.fold import foldable
-from bbx.engine.pack import packable
+from bbx.engine.pack import NARROW, packable
 from bbx.engine.switches import usual_threads
 from bbx.errors import StartError, UsageError
 from bbx.machine import quota
@@ -51,7 +51,8 @@ class EngineSettings:
 
     def describe(self) -> str:
         """A few words for the plan."""
-        facts = {"channels last": self.channels_last, "batch norm folded": self.folded, "packed": bool(self.packed)}
+        packed = "packed" if self.packed <= NARROW else "all packed"  # other bits
+        facts = {"channels last": self.channels_last, "batch norm folded": self.folded, packed: bool(self.packed)}
         words = [self.engine, *(word for word, true in facts.items() if true)]
         return ", ".join([*words, f"{self.streams} × {self.threads} thread{'s' * (self.threads > 1)}"])
 
@@ -83,14 +84,15 @@ def choose(
     last = channels_last == "yes" or (channels_last == "auto" and _gains_by_channels_last(backbone, device))
     compiled, on_cpu = engine == "compile", device.type == "cpu"
     packs = on_cpu and not compiled and backbone.precision == "float32"
+    folded = on_cpu and not compiled and rows >= TRIAL_PAYS and _folds(backbone)
     budget = max(1, min(usual_threads(), math.ceil(min(quota(), 1 << 20))))
     # Compiled code is for one thread at a time; on an accelerator one thread keeps the queue of work full.
     streams = 1 if compiled or not on_cpu else _streams(budget, rows, batch_size)
     return EngineSettings(
         engine,
         channels_last=last,
-        folded=on_cpu and not compiled and rows >= TRIAL_PAYS and _folds(backbone),
-        packed=packable(backbone, wide=rows >= TRIAL_PAYS) if packs else 0,
+        folded=folded,
+        packed=packable(backbone, foldable(backbone) if folded else (), wide=rows >= TRIAL_PAYS) if packs else 0,
         streams=streams,
         threads=max(1, budget // streams),
         why=why,

@@ -25,6 +25,8 @@ DOCS_BATCH = 32
 _MOST_ROWS = 100
 # A rival that took this many times as long as the fastest to warm up is timed once: no ratio is taken from it.
 _FAR = 1.25
+# A ratio is asked for however slow they are: a rival and its form, the second on a GPU.
+_FLOORED, _LOOP = (("autobackbone", "docs"),), ("timm_loop", "equal")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def contest(job: Job, settings: Settings) -> list[Row]:
             entered[one] = _warm_up(job, settings, one)
         except RunError as error:
             rows.append(Row(f"job {job.name}: {one.label}", f"failed: {error}", error=one == own))
-    near = [one for one in entered if _is_near(one, entered)]
+    near = [one for one in entered if _is_near(one, entered, settings)]
     taken = _timed(job, settings, near, settings.repeats)
     taken |= _timed(job, settings, [one for one in entered if one not in near], 1)
     results = {
@@ -124,9 +126,10 @@ def _rivals(job: Job, settings: Settings, batch: int, workers: int) -> Iterator[
             yield Contestant(rival.name, tuple(form for form, one in forms.items() if one == chosen), *chosen)
 
 
-def _is_near(one: Contestant, entered: Mapping[Contestant, tuple[Taken, float]]) -> bool:
-    """Whether a ratio may be taken from it: bbx, AutoBackbone's docs, and of each form the fastest and those near."""
-    if not one.forms or (one.name == "autobackbone" and "docs" in one.forms):
+def _is_near(one: Contestant, entered: Mapping[Contestant, tuple[Taken, float]], settings: Settings) -> bool:
+    """Whether a ratio may be taken from it: of each form the fastest and those near, and whatever has a floor."""
+    named = _FLOORED if settings.device == "cpu" else (*_FLOORED, _LOOP)
+    if not one.forms or any(one.name == name and form in one.forms for name, form in named):
         return True
     seconds = {other: taken.seconds for other, (taken, _) in entered.items()}
     return any(
@@ -198,7 +201,7 @@ def _ratios(job: Job, results: dict[Contestant, Result], settings: Settings) -> 
         given = [result for one, result in results.items() if form in one.forms and result.runs == settings.repeats]
         best = max(given, key=lambda result: result.rate, default=None)
         yield _ratio(f"job {job.name} ÷ best rival given {words}", own, best)
-    if settings.device != "cpu":
+    if settings.device != "cpu" and settings.wants("timm_loop"):
         loops = [result for one, result in results.items() if one.name == "timm_loop" and "equal" in one.forms]
         yield _ratio(f"job {job.name} ÷ timm loop given equal workers, on a GPU", own, loops[0] if loops else None)
     docs = [result for one, result in results.items() if one.name == "autobackbone" and "docs" in one.forms]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measure import RunError
+from tests.benchmarks.measure import failed
 from tests.benchmarks.pictures import ROOT
 
 
@@ -52,6 +52,6 @@ def plan(job: Job, images: Path, options: Sequence[str] = ()) -> dict[str, Any]:
     command = bbx("extract", *job.words(), *options, "--dry-run", "--json", "-q", "-o", "none.h5", images)
     ran = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     if ran.returncode:
-        raise RunError((ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[0])
+        raise failed(ran.stderr, ran.returncode)
     found: dict[str, Any] = json.loads(ran.stdout)
     return found

@@ -159,17 +159,18 @@ def _interrupted(command: Sequence[str], few: Sequence[str], output: Path) -> tu
     start = measure.run(few, output).seconds
     measure.remove(output)
     os.sync()
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = subprocess.Popen(command, cwd=ROOT, env=measure.environment(), **quiet)
     time.sleep((whole + start) / 2)
     child.kill()
     child.wait()
     kept = _done(output)
     began = time.perf_counter()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    again = subprocess.run(command, cwd=ROOT, env=measure.environment(), capture_output=True, text=True, check=False)
     resumed = time.perf_counter() - began
     measure.remove(output)
     if again.returncode:
-        raise measure.RunError((again.stderr.strip().splitlines() or ["no words"])[0])
+        raise measure.failed(again.stderr, again.returncode)
     return (whole + start) / 2 + resumed - whole, whole, start, kept
 
 

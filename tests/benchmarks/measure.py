@@ -54,11 +54,8 @@ def run(command: Sequence[str], output: Path | None = None, *, sample: bool = Fa
         remove(output)
     os.sync()  # what an earlier run left to be written would be paid for by this one
     with tempfile.TemporaryFile() as said:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        # An installed package has its bytecode; with this set, a checkout would be compiled at every start.
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         started = time.perf_counter()
-        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said, env=environment)
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said, env=environment())
         with _Sampled(child.pid if sample else 0) as sampled:
             _, status, used = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - started
@@ -67,10 +64,23 @@ def run(command: Sequence[str], output: Path | None = None, *, sample: bool = Fa
         synced = time.perf_counter() - started
         if child.returncode:
             said.seek(0)
-            words = said.read().decode(errors="replace").strip().splitlines() or [f"exit code {child.returncode}"]
-            raise RunError(next((line for line in words if line.startswith("error:")), words[-1]))
+            raise failed(said.read().decode(errors="replace"), child.returncode)
     nbytes = size(output) if output is not None else 0
     return Taken(seconds, synced, used.ru_utime + used.ru_stime, sampled.peak or used.ru_maxrss << 10, nbytes)
+
+
+def environment() -> dict[str, str]:
+    """That of every process that is measured."""
+    found = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    # An installed package has its bytecode; with this set, a checkout would be compiled at every start.
+    found.pop("PYTHONDONTWRITEBYTECODE", None)
+    return found
+
+
+def failed(said: str, code: int) -> RunError:
+    """What a process that ended with `code` said of it."""
+    words = said.strip().splitlines() or [f"exit code {code}"]
+    return RunError(next((line for line in words if line.startswith("error:")), words[-1]))
 
 
 def alternate(sides: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:

@@ -53,7 +53,11 @@ def _of_job(
 ) -> Iterator[Row]:
     where = ("--device", settings.device, *(("--weights", "auto") if name in _TRAINED else ()))
     exact, other = settings.folder / "exact.h5", settings.folder / "other.h5"
-    measure.run(_with(jobs.extract(JOBS[name], images, exact, (*where, *EXACT)), levers=False), exact)
+    try:
+        measure.run(_with(jobs.extract(JOBS[name], images, exact, (*where, *EXACT)), levers=False), exact)
+    except RunError as error:
+        yield Row(f"numerics, job {name}: exact{told_of}", f"failed: {error}", error=True)
+        return
     for options in everything:
         measured = f"numerics, job {name}: {' '.join(options) or 'as it is'}{told_of}"
         try:

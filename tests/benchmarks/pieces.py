@@ -99,6 +99,11 @@ class Ready:
         pass
 
 
+def clocks() -> tuple[float, float]:
+    """Seconds of the wall, and of this process's CPUs."""
+    return time.perf_counter(), time.process_time()
+
+
 def forward(plan: Plan) -> dict[str, float]:
     """The engine alone, as `bbx extract` would run it: what all rows take more than a quarter of them do.
 
@@ -113,12 +118,13 @@ def forward(plan: Plan) -> dict[str, float]:
         run_loop(plan, sink, rows[: 2 * plan.batch_size], Summary(plan.output, len(rows)))  # to warm up
         counts, taken = (len(rows) // 4, len(rows)), []
         for count in counts:
-            sink.nbytes = 0
-            started, cpu = time.perf_counter(), time.process_time()
+            before = clocks()
             run_loop(plan, sink, rows[:count], Summary(plan.output, len(rows)))
-            taken.append((time.perf_counter() - started, time.process_time() - cpu))
+            taken.append([now - then for now, then in zip(clocks(), before, strict=True)])
     seconds, used = (long - short for short, long in zip(*taken, strict=True))
-    return {"images": counts[1] - counts[0], "seconds": seconds, "cpu": used, "nbytes": sink.nbytes}
+    if min(seconds, used) <= 0:
+        raise RuntimeError(f"{counts[1]} images are too few to measure {plan.device}: --images")
+    return {"images": counts[1] - counts[0], "seconds": seconds, "cpu": used}
 
 
 def decode(plan: Plan) -> dict[str, float]:

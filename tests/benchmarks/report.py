@@ -53,6 +53,8 @@ FLOORS = {
 }
 
 
+# Of these, what a run on a GPU never measures.
+_OF_A_CPU = "end to end ÷ what CPU time allows"
 # And on a GPU, where cores have little to do with it.
 GPU_FLOORS = {
     "job A ÷ timm loop given equal workers, on a GPU": Floor(least=2),
@@ -105,9 +107,11 @@ class Row:
 
 
 def unmeasured(rows: Sequence[Row]) -> list[str]:
-    """The floors that nothing in `rows` was held against; those of a GPU where any row is of one."""
+    """The floors that nothing in `rows` was held against: a GPU's where there are rows of one, a CPU's likewise."""
     names = {row.measure for row in rows}
-    return [name for name in (GPU_FLOORS if names & set(GPU_FLOORS) else FLOORS) if name not in names]
+    wanted = [*GPU_FLOORS] if names & set(GPU_FLOORS) else []
+    wanted += [*FLOORS] if _OF_A_CPU in names or not wanted else []
+    return [name for name in wanted if name not in names]
 
 
 def draw(rows: Sequence[Row], console: Console | None = None) -> None:
@@ -142,7 +146,7 @@ def read_json(path: Path) -> list[Row]:
 
 
 def markdown(machine: str, rows: Sequence[Row]) -> str:
-    """The rows that have a floor, and the jobs' other ratios, as the README shows them, with the machine named."""
+    """The rows that have a floor, the jobs' other ratios, and what each option changes at most, the machine named."""
     lines = [f"| {machine} | | floor |", "|---|---|---|"]
     shown = [row for row in rows if row.floor or " ÷ best rival" in row.measure]
     lines += [f"| {row.measure} | {_bold(row)} | {row.floor or ''} |" for row in shown if not _group(row)]
@@ -150,10 +154,22 @@ def markdown(machine: str, rows: Sequence[Row]) -> str:
         if same := [row for row in shown if _group(row) == group]:
             names = ", ".join(row.measure.removeprefix(group) for row in same)
             floors = ", ".join(dict.fromkeys(str(row.floor) for row in same))
-            lines.append(f"| {group}{names} | {' · '.join(map(_bold, same))} | {floors} |")
+            told = " · ".join(map(_bold, same)) + (_changes(rows) if group == "numerics, " else "")
+            lines.append(f"| {group}{names} | {told} | {floors} |")
     if absent := unmeasured(shown):
         lines.append(f"| **not measured**: {', '.join(absent)} | | |")
     return "\n".join(lines)
+
+
+def _changes(rows: Sequence[Row]) -> str:
+    """`; by option, the worst stage: --precision bf16 (A 8e-03, B 2e-02), …`."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        job, _, option = row.measure.removeprefix("numerics, job ").partition(": ")
+        if row.measure.startswith("numerics, ") and row.floor is None:
+            found.setdefault(option, []).append(f"{job} {'failed' if row.number is None else f'{row.number:.0e}'}")
+    by_option = ", ".join(f"{option} ({', '.join(told)})" for option, told in found.items())
+    return f"; by option, the worst stage: {by_option}" if found else ""
 
 
 def _group(row: Row) -> str:
