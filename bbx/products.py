@@ -1,7 +1,8 @@
 """float32 products are computed as float32, or in TF32 where that is asked for, whatever the process has chosen.
 
-torch's switches for them are the whole process's, and other threads may want others: forwards that want the same share
-the switches, and one that wants others waits until they are done. The last puts the process's own choice back.
+torch's switches for them are the whole process's, and other threads may want others: forwards on CUDA that want the
+same share the switches, and one that wants others waits until they are done; on a CPU all want the same, and none
+waits. The last puts the process's own choice back.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 _turn = threading.Condition()
 _waiting: deque[object] = deque()
 """In the order in which they came, lest one waits for ever."""
-_inside: set[object] = set()
+_inside: dict[object, bool] = {}
+"""Whether each computes on CUDA."""
 _tf32: bool | None = None
 """What CUDA's switches are set to; None while nobody inside has asked."""
 _restore: list[Callable[[], None]] = []
@@ -52,21 +54,22 @@ def _enter(ticket: object, cuda: bool, tf32: bool) -> bool:
     with _turn:
         if not cuda and not _inside and not _lessened():
             return False
-        _waiting.append(ticket)
-        try:
-            # A CPU's switches are the same for all.
-            _turn.wait_for(lambda: _waiting[0] is ticket and (not cuda or not _inside or _tf32 in (None, tf32)))
-            if not _inside:
-                _restore, _tf32 = _restoring(), None
-            _inside.add(ticket)
-            for kind in _cpu_kinds():
-                kind.fp32_precision = "ieee"
-            if _tf32 is None and (cuda or not _cpu_kinds()):
-                _tf32 = tf32
-                _choose(tf32)
-        finally:
-            _waiting.remove(ticket)
-            _turn.notify_all()
+        if cuda:
+            _waiting.append(ticket)
+            try:
+                _turn.wait_for(lambda: _waiting[0] is ticket and (_tf32 == tf32 or not any(_inside.values())))
+            finally:
+                _waiting.remove(ticket)
+                _turn.notify_all()
+        if not _inside:
+            _restore, _tf32 = _restoring(), None
+        _inside[ticket] = cuda
+        for kind in _cpu_kinds():
+            kind.fp32_precision = "ieee"
+        # Before torch 2.9 the one word for all kinds is among CUDA's.
+        if _tf32 != tf32 if cuda else _tf32 is None and not _cpu_kinds():
+            _tf32 = tf32
+            _choose(tf32)
         return True
 
 
@@ -74,7 +77,7 @@ def _leave(ticket: object) -> None:
     """Of no effect for whoever never was inside."""
     with _turn:
         if ticket in _inside:
-            _inside.remove(ticket)
+            del _inside[ticket]
             try:
                 if not _inside:
                     for put_back in _restore:

@@ -121,9 +121,31 @@ def test_a_cpu_waits_for_nobody_and_leaves_cudas_switches_alone(usual):
         with products(CPU, tf32=False):
             return allowed()
 
-    with products(CUDA, tf32=True), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(compute).result(60) == [True, True]
+    def other() -> list[bool]:
+        with products(CUDA, tf32=False):
+            return allowed()
+
+    with ThreadPoolExecutor(2) as pool:
+        with products(CUDA, tf32=True):
+            waits = pool.submit(other)
+            wait_for(lambda: len(module._waiting) == 1)
+            assert pool.submit(compute).result(60) == [True, True]
+            assert not waits.done()
+        assert waits.result(60) == [False, False]
     assert allowed() == usual
+
+
+def test_forwards_on_a_cpu_keep_none_on_cuda_waiting(usual, monkeypatch):
+    monkeypatch.setattr(module, "_lessened", lambda: True)
+    with ThreadPoolExecutor(1) as pool, products(CPU, tf32=False):
+        for wanted in (True, False):
+            assert pool.submit(lambda wanted=wanted: _allowed_within(wanted)).result(60) == [wanted, wanted]
+    assert allowed() == usual
+
+
+def _allowed_within(wanted: bool) -> list[bool]:
+    with products(CUDA, tf32=wanted):
+        return allowed()
 
 
 def test_what_is_interrupted_on_its_way_leaves_nothing_behind(usual, monkeypatch):
