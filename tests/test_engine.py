@@ -87,8 +87,8 @@ def stirred(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def check_prepared(model: str, *, folds: bool) -> None:
-    backbone = stirred(load_backbone(model, weights="random", stages="all"))
+def check_prepared(model: str, *, folds: bool, stages: str = "all") -> None:
+    backbone = stirred(load_backbone(model, weights="random", stages=stages))
     pixels = noise(backbone)
     before = maps_of(backbone, pixels)
     fast = prepared(backbone, EngineSettings(channels_last=True, folded=True))
@@ -99,14 +99,22 @@ def check_prepared(model: str, *, folds: bool) -> None:
 
 @pytest.fixture
 def any_rounding(monkeypatch):
-    """Folding wherever the promise of 1e-5 holds: how much a network rounds is the processor's (of VGG-11-BN's values
-    1.1e-6 with AVX-512, 4.1e-6 with AVX2), and that more than the trial's bound is refused is tested below."""
+    """Folding wherever the promise of 1e-5 holds, beyond the trial's own bound."""
     monkeypatch.setattr("bbx.engine.trial.TOLERANCE", TOLERANCE)
 
 
-@pytest.mark.parametrize("model", [*FOLDED, "efficientnet-lite0"])
-def test_a_folded_network_in_channels_last_gives_the_same_stages(any_rounding, model):
+@pytest.mark.parametrize("model", FOLDED)
+def test_a_folded_network_in_channels_last_gives_the_same_stages(model):
     check_prepared(model, folds=True)
+
+
+def test_lite0_folds_as_far_as_its_values_stay():
+    # Its random weights are its release's: at stage5 folding rounds by 5.2e-6, where 5e-6 is allowed.
+    check_prepared("efficientnet-lite0", folds=True, stages="stage4")
+
+
+def test_lite0_folded_to_its_end_keeps_the_promise(any_rounding):
+    check_prepared("efficientnet-lite0", folds=True)
 
 
 @pytest.mark.parametrize("model", UNFOLDED)
@@ -116,7 +124,7 @@ def test_a_network_without_batch_norm_is_left_alone(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", SLOW_FOLDED)
-def test_folding_holds_for_every_family(any_rounding, model):
+def test_folding_holds_for_every_family(model):
     check_prepared(model, folds=True)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bbx.backbone import Backbone, is_out_of_memory
+from bbx.backbone import Backbone
 from bbx.engine.fold import Pairs, fold
 from bbx.engine.replica import replica
 from bbx.engine.trial import hard_pixels, maps_of, same
@@ -83,7 +83,7 @@ def packable(backbone: Backbone, pairs: Pairs, *, wide: bool) -> int:
 def _stays(backbone: Backbone, pairs: Pairs, most_inputs: int) -> bool:
     """Whether any layer that runs is packed, and the maps stay as they are with all that is folded besides.
 
-    Tried once, on a replica; not so where there is no memory to try it.
+    Tried once, on a replica; not so where it cannot be tried, for want of memory or because oneDNN refuses.
     """
     known: dict[Pairs, bool] = backbone.__dict__.setdefault("_packs", {})
     if pairs not in known:
@@ -96,9 +96,7 @@ def _stays(backbone: Backbone, pairs: Pairs, most_inputs: int) -> bool:
             after = maps_of(trial, pixels)
             weights = [one for one in trial.network.parameters() if isinstance(one, PackedWeight)]
             known[pairs] = any(one.packed is not None for one in weights) and same(before, after)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        except RuntimeError:  # what is the network's own, the run itself meets
             known[pairs] = False
     return known[pairs]
 
