@@ -25,8 +25,9 @@ from bbx.backbone import Backbone, normalise
 from bbx.engine import EngineSettings, choose, kept_memory, settings, usual_batch
 from bbx.engine.fold import foldable
 from bbx.engine.memory import keep
-from bbx.engine.pack import ANY, NARROW, PackedWeight, packable
+from bbx.engine.pack import ANY, NARROW, PackedWeight
 from bbx.engine.prepare import prepared
+from bbx.engine.remake import Remake, remake
 from bbx.engine.replica import replica
 from bbx.engine.switches import deterministic, own_threads, usual_threads
 from bbx.engine.trial import hard_pixels
@@ -295,7 +296,7 @@ def test_without_memory_to_try_it_nothing_is_folded(monkeypatch):
     monkeypatch.setattr(Backbone, "_run", full)
     assert foldable(backbone) == ()
     monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
-    assert packable(wide, (), wide=True) == 0
+    assert remake(wide) == Remake()
 
 
 def test_folding_keeps_no_map_that_the_network_is_done_with():
@@ -674,7 +675,13 @@ def test_what_was_kept_goes_back_at_the_end(pictures, tmp_path, monkeypatch):
 
 
 def test_what_gives_other_bits_is_said_by_other_words():
-    ways = [EngineSettings(), EngineSettings(packed=NARROW), EngineSettings(packed=ANY), EngineSettings(folded=True)]
+    ways = [
+        EngineSettings(),
+        EngineSettings(packed=NARROW),
+        EngineSettings(packed=ANY),
+        EngineSettings(folded=True),
+        EngineSettings(fused=True),
+    ]
     assert len({way.describe() for way in ways}) == len(ways)
 
 
@@ -687,9 +694,9 @@ def test_folding_and_packing_together_keep_the_promise(any_rounding, monkeypatch
     assert apart(maps_of(backbone, noise(backbone)), maps_of(prepared(backbone, how), noise(backbone))) <= TOLERANCE
     # What folding leaves of the bound is what packing may take.
     seen = []
-    monkeypatch.setattr("bbx.engine.pack.same", lambda before, after: bool(seen.append((before, after))))
+    monkeypatch.setattr("bbx.engine.remake.same", lambda before, after: bool(seen.append((before, after))))
     again = replica(backbone)
-    assert packable(again, foldable(backbone), wide=True) == 0  # it has no narrow layer
+    assert remake(again) == Remake(pairs=foldable(backbone))  # it has no narrow layer
     ((before, after),) = seen
     assert 0 < apart(before, after) <= TOLERANCE
     assert apart(before, maps_of(backbone, hard_pixels(backbone))) == 0.0

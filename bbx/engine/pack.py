@@ -19,9 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bbx.backbone import Backbone
-from bbx.engine.fold import Pairs, fold
-from bbx.engine.replica import replica
-from bbx.engine.trial import hard_pixels, maps_of, same
 
 NARROW, ANY = 192, 1 << 62
 """Layers of up to so many inputs are packed: those whose bits stay the same, or all."""
@@ -46,6 +43,15 @@ class PackedWeight(Tensor):
         made.packed = None
         return made
 
+    def linear(self, given: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+        """`(…, k)` → `(…, n)`; with `gelu`, what comes of it afterwards, while it is in the cache."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.packed is None:  # two streams may come to it at once, and make the same
+                self.packed = _OPS._reorder_linear_weight(self)
+            then, which = ("gelu", "none") if gelu else ("none", "")
+            made: Tensor = _OPS._linear_pointwise(given, self.packed, bias, then, [], which)
+            return made
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -55,9 +61,15 @@ class PackedWeight(Tensor):
             if func is not _LINEAR or kwargs or not isinstance(args[1], cls) or not _is_plain(args[0]):
                 return func(*args, **kwargs or {})
             given, weight, *bias = args
-            if weight.packed is None:  # two streams may come to it at once, and make the same
-                weight.packed = _OPS._reorder_linear_weight(weight)
-            return _OPS._linear_pointwise(given, weight.packed, bias[0] if bias else None, "none", [], "")
+            return weight.linear(given, bias[0] if bias else None)
+
+
+def gelu_of(layer: nn.Linear, given: Tensor) -> Tensor:
+    """`F.gelu(layer(given))`, in one pass where the layer is packed: the same bits, a tenth of the two faster."""
+    weight = layer._parameters["weight"]
+    if isinstance(weight, PackedWeight) and _is_plain(given):
+        return weight.linear(given, layer.bias, gelu=True)
+    return F.gelu(layer(given))
 
 
 def pack(backbone: Backbone, most_inputs: int) -> None:
@@ -66,39 +78,19 @@ def pack(backbone: Backbone, most_inputs: int) -> None:
         layer._parameters["weight"] = PackedWeight.of(layer.weight)  # type: ignore[assignment]
 
 
-def packable(backbone: Backbone, pairs: Pairs, *, wide: bool) -> int:
-    """Up to how many inputs packing pays here and keeps the values, 0 where there is nothing to pack.
-
-    `pairs` are folded, too. `wide`: the job is long enough for a trial, which wide layers need.
-    """
+def packable(backbone: Backbone, *, wide: bool) -> int:
+    """Up to how many inputs packing pays here, 0 where there is nothing to pack; `wide` layers change the last bits."""
     most = faster_up_to()
-    layers = _layers(backbone, most)
-    if most > NARROW and len(layers) > len(_layers(backbone, NARROW)):
-        fits = sum(layer.weight.nbytes for layer in layers) <= _MOST_NBYTES
-        if not (wide and fits and _stays(backbone, pairs, most)):
-            most = NARROW
-    return most if _layers(backbone, most) else 0
+    layers, narrow = _layers(backbone, most), _layers(backbone, NARROW)
+    fit = sum(layer.weight.nbytes for layer in layers) <= _MOST_NBYTES
+    if wide and fit and len(layers) > len(narrow) and most > NARROW:
+        return most
+    return min(most, NARROW) if narrow else 0
 
 
-def _stays(backbone: Backbone, pairs: Pairs, most_inputs: int) -> bool:
-    """Whether any layer that runs is packed, and the maps stay as they are with all that is folded besides.
-
-    Tried once, on a replica; not so where it cannot be tried, for want of memory or because oneDNN refuses.
-    """
-    known: dict[Pairs, bool] = backbone.__dict__.setdefault("_packs", {})
-    if pairs not in known:
-        trial = replica(backbone)
-        pixels = hard_pixels(trial)
-        try:
-            before = maps_of(trial, pixels)
-            fold(trial.network, pairs)
-            pack(trial, most_inputs)
-            after = maps_of(trial, pixels)
-            weights = [one for one in trial.network.parameters() if isinstance(one, PackedWeight)]
-            known[pairs] = any(one.packed is not None for one in weights) and same(before, after)
-        except RuntimeError:  # what is the network's own, the run itself meets
-            known[pairs] = False
-    return known[pairs]
+def is_used(backbone: Backbone) -> bool:
+    """Whether any packed layer of `backbone` has run."""
+    return any(isinstance(one, PackedWeight) and one.packed is not None for one in backbone.network.parameters())
 
 
 def _layers(backbone: Backbone, most_inputs: int) -> list[nn.Linear]:

@@ -1,4 +1,4 @@
-"""How a network is run here: threads, layout, folding, packing, compiling. None of it changes a value beyond 1e-5."""
+"""How a network is run here: threads, layout, what is remade of it, compiling. Nothing changes a value beyond 1e-5."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from bbx.backbone import Backbone
-from bbx.engine.fold import foldable
-from bbx.engine.pack import NARROW, packable
+from bbx.engine.pack import NARROW
+from bbx.engine.remake import Remake, remake, safe
 from bbx.engine.switches import usual_threads
 from bbx.errors import StartError, UsageError
 from bbx.machine import quota
@@ -25,7 +25,7 @@ MOST_STREAMS = 8
 MOST_IMAGES = 64
 """Images in all streams together, where a batch alone is not larger."""
 TRIAL_PAYS = 128
-"""Images from which on folding and packing pay for the two forwards of a few images that try what they change."""
+"""Images from which on what changes last bits pays for the few forwards that try how much it changes them."""
 COMPILE_PAYS = {"cpu": 600.0, "cuda": 60.0}
 """Seconds of eager computing from which on compiling may pay: it takes 10 to 250 s. It saves a tenth of ResNet-50 on
 Zen 3 and Zen 4 cores, and loses 6 and 12 % of swin-tiny, which is eager's packing; on an H100 it saves 0.06 ms of
@@ -36,14 +36,15 @@ swin-tiny's 0.2. `mode="max-autotune"` took 95 s in place of 59 for swin-tiny, o
 class EngineSettings:
     """`streams` batches at once, each on `threads` threads; the rest is done to the network once.
 
-    `folded`: batch normalisation goes into the convolution before it; `packed`: linear layers of up to so many inputs
-    are oneDNN's.
+    `folded`: batch normalisation goes into the convolution before it; `fused`: Swin blocks run an image at a time;
+    `packed`: linear layers of up to so many inputs are oneDNN's.
     `why` is what a user should know of the choice.
     """
 
     engine: Engine = "eager"
     channels_last: bool = False
     folded: bool = False
+    fused: bool = False
     packed: int = 0
     streams: int = 1
     threads: int = 1
@@ -52,7 +53,12 @@ class EngineSettings:
     def describe(self) -> str:
         """A few words for the plan."""
         packed = "packed" if self.packed <= NARROW else "all packed"  # other bits
-        facts = {"channels last": self.channels_last, "batch norm folded": self.folded, packed: bool(self.packed)}
+        facts = {
+            "channels last": self.channels_last,
+            "batch norm folded": self.folded,
+            "blocks fused": self.fused,
+            packed: bool(self.packed),
+        }
         words = [self.engine, *(word for word, true in facts.items() if true)]
         return ", ".join([*words, f"{self.streams} × {self.threads} thread{'s' * (self.threads > 1)}"])
 
@@ -83,16 +89,19 @@ def choose(
             why = "--engine compile: the first batch waits for the code, a minute or so"
     last = channels_last == "yes" or (channels_last == "auto" and _gains_by_channels_last(backbone, device))
     compiled, on_cpu = engine == "compile", device.type == "cpu"
-    packs = on_cpu and not compiled and backbone.precision == "float32"
-    folded = on_cpu and not compiled and rows >= TRIAL_PAYS and _folds(backbone)
+    made = Remake()
+    # Inductor does as much by itself, on an H100 it gained nothing, and in a lower precision it would round otherwise.
+    if on_cpu and not compiled and backbone.precision == "float32":
+        made = remake(backbone) if rows >= TRIAL_PAYS else safe(backbone)
     budget = max(1, min(usual_threads(), math.ceil(min(quota(), 1 << 20))))
     # Compiled code is for one thread at a time; on an accelerator one thread keeps the queue of work full.
     streams = 1 if compiled or not on_cpu else _streams(budget, rows, batch_size)
     return EngineSettings(
         engine,
         channels_last=last,
-        folded=folded,
-        packed=packable(backbone, foldable(backbone) if folded else (), wide=rows >= TRIAL_PAYS) if packs else 0,
+        folded=bool(made.pairs),
+        fused=made.fused,
+        packed=made.packed,
         streams=streams,
         threads=max(1, budget // streams),
         why=why,
@@ -126,11 +135,6 @@ def _gains_by_channels_last(backbone: Backbone, device: torch.device) -> bool:
     kinds = [type(module) for module in backbone.network.modules()]
     convnet = sum(issubclass(kind, nn.Conv2d) for kind in kinds) > sum(issubclass(kind, nn.Linear) for kind in kinds)
     return convnet and (device.type == "cpu" or (device.type == "cuda" and backbone.precision != "float32"))
-
-
-def _folds(backbone: Backbone) -> bool:
-    """Inductor folds by itself, on an H100 it gained nothing, and in a lower precision it would change the rounding."""
-    return backbone.precision == "float32" and bool(foldable(backbone))
 
 
 def _check_compiles(backbone: Backbone, device: torch.device) -> None:
