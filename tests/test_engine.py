@@ -23,7 +23,6 @@ import bbx
 from bbx import runner
 from bbx.backbone import Backbone, normalise
 from bbx.engine import EngineSettings, choose, kept_memory, settings, usual_batch
-from bbx.engine.fold import foldable
 from bbx.engine.memory import keep
 from bbx.engine.pack import ANY, NARROW, PackedWeight
 from bbx.engine.prepare import prepared
@@ -158,7 +157,7 @@ def test_a_network_that_folding_would_change_is_left_as_it_was():
     network = nn.Sequential(Twice()).eval()
     backbone = stirred(Backbone(ModelRef("", "twice"), network, (Tap("stem", "0"),), PREPROCESS, "random", ""))
     before = maps_of(backbone, noise(backbone))
-    assert foldable(backbone) == ()
+    assert remake(backbone).pairs == ()
     assert norms(backbone) == 1
     assert apart(before, maps_of(backbone, noise(backbone))) == 0.0
 
@@ -214,8 +213,8 @@ def test_folding_that_rounds_too_much_is_not_done(variance):
         norm.running_var.fill_(variance)
         return backbone
 
-    assert foldable(shifted(0))
-    assert not foldable(shifted(SHIFT))
+    assert remake(shifted(0)).pairs
+    assert not remake(shifted(SHIFT)).pairs
 
 
 @pytest.mark.parametrize("model", ["efficientnet-lite0", "resnet18", "mobilenet_v3_small", "densenet121"])
@@ -294,7 +293,7 @@ def test_without_memory_to_try_it_nothing_is_folded(monkeypatch):
     assert backbone.stages  # measured while there was memory
     assert wide.stages
     monkeypatch.setattr(Backbone, "_run", full)
-    assert foldable(backbone) == ()
+    assert remake(backbone) == Remake()
     monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
     assert remake(wide) == Remake()
 
@@ -316,7 +315,7 @@ def test_folding_keeps_no_map_that_the_network_is_done_with():
     for block in blocks:
         block[0].register_forward_hook(note)
     alive.clear()
-    assert len(foldable(backbone)) == 4
+    assert len(remake(backbone).pairs) == 4
     assert alive[0] == 0
 
 
@@ -692,14 +691,21 @@ def test_folding_and_packing_together_keep_the_promise(any_rounding, monkeypatch
     how = choose(backbone, CPU, rows=5000, batch_size=8)
     assert (how.folded, how.packed) == (True, ANY)
     assert apart(maps_of(backbone, noise(backbone)), maps_of(prepared(backbone, how), noise(backbone))) <= TOLERANCE
-    # What folding leaves of the bound is what packing may take.
+    # Both are tried together: what folding leaves of the bound is what packing may take. Then each by itself.
     seen = []
-    monkeypatch.setattr("bbx.engine.remake.same", lambda before, after: bool(seen.append((before, after))))
-    again = replica(backbone)
-    assert remake(again) == Remake(pairs=foldable(backbone))  # it has no narrow layer
-    ((before, after),) = seen
-    assert 0 < apart(before, after) <= TOLERANCE
-    assert apart(before, maps_of(backbone, hard_pixels(backbone))) == 0.0
+
+    def differs(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+        seen.append((before, after))
+        return len(seen) == 2
+
+    monkeypatch.setattr("bbx.engine.remake.same", differs)
+    assert remake(replica(backbone)) == Remake(pairs=remake(backbone).pairs)  # it has no narrow layer
+    befores, (together, folded) = zip(*seen, strict=True)
+    for before in befores:
+        assert apart(before, maps_of(backbone, hard_pixels(backbone))) == 0.0
+    parts = [apart(befores[0], after) for after in (together, folded)]
+    assert all(0 < part <= TOLERANCE for part in parts)
+    assert parts[0] != parts[1]
 
 
 def test_the_file_says_how_it_was_computed(pictures, tmp_path: Path):

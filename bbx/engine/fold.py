@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bbx.backbone import Backbone, is_out_of_memory
-from bbx.engine.replica import replica
-from bbx.engine.trial import hard_pixels, maps_of, same
+from bbx.backbone import Backbone
+from bbx.engine.trial import maps_of
 from bbx.taps import keep_marks
 
 Pairs = tuple[tuple[str, str], ...]
@@ -32,13 +31,9 @@ _AFTERWARDS: dict[str, Callable[[Any], nn.Module]] = {
 """What stays of each kind of normalisation once its sum is the convolution's."""
 
 
-def foldable(backbone: Backbone) -> Pairs:
-    """What folds in `backbone`; empty where nothing does, or its values would change. Tried once, on a replica."""
-    known = backbone.__dict__
-    if "_foldable" not in known:
-        known["_foldable"] = _tried(backbone)
-    pairs: Pairs = known["_foldable"]
-    return pairs
+def may_fold(backbone: Backbone) -> bool:
+    """Whether there is any batch normalisation at all."""
+    return not {type(module).__name__ for module in backbone.network.modules()}.isdisjoint(_AFTERWARDS)
 
 
 def fold(network: nn.Module, pairs: Pairs) -> None:
@@ -47,29 +42,8 @@ def fold(network: nn.Module, pairs: Pairs) -> None:
         _apply(network, convolution, norm)
 
 
-def _tried(backbone: Backbone) -> Pairs:
-    kinds = {type(module).__name__ for module in backbone.network.modules()}
-    if not kinds & set(_AFTERWARDS):
-        return ()
-    trial = replica(backbone)
-    pixels = hard_pixels(trial)
-    try:
-        pairs, before = _pairs(trial, pixels)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            return ()
-        raise
-    if not pairs:
-        return ()
-    fold(trial.network, pairs)
-    try:
-        return pairs if same(before, maps_of(trial, pixels)) else ()
-    except (AttributeError, RuntimeError, TypeError):  # the network looks into the module that is no longer there
-        return ()
-
-
-def _pairs(backbone: Backbone, pixels: Tensor) -> tuple[Pairs, dict[str, Tensor]]:
-    """What may fold, and the stages as they are; a tapped convolution must stay itself."""
+def foldable(backbone: Backbone, pixels: Tensor) -> tuple[Pairs, dict[str, Tensor]]:
+    """What may fold, as seen while `backbone` computes `pixels`, and its stages; a tapped convolution stays itself."""
     network = backbone.network
     tapped = {tap.module for tap in backbone.wanted or backbone.taps[-1:]}
     # Weak, for at a large input all maps of a network are gigabytes.

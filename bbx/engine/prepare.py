@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bbx.backbone import Backbone, is_out_of_memory
-from bbx.engine.fold import foldable
-from bbx.engine.remake import Remake
+from bbx.engine.remake import Remake, remake
 from bbx.engine.replica import replica
 from bbx.engine.settings import EngineSettings, keep_compiled
 from bbx.errors import StartError
@@ -26,7 +25,8 @@ def prepared(backbone: Backbone, settings: EngineSettings) -> Backbone:
     ready = replica(backbone)
     if settings.channels_last:
         _channels_last(ready.network)
-    Remake(foldable(backbone) if settings.folded else (), settings.fused, settings.packed).apply(ready)
+    pairs = remake(backbone).pairs if settings.folded else ()
+    Remake(pairs, settings.fused, settings.packed).apply(ready)
     return compiled(ready) if settings.engine == "compile" else ready
 
 

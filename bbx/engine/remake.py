@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from bbx.backbone import Backbone
-from bbx.engine.fold import Pairs, fold, foldable
-from bbx.engine.pack import NARROW, is_used, pack, packable
+from bbx.engine.fold import Pairs, fold, foldable, may_fold
+from bbx.engine.pack import is_used, pack, packable
 from bbx.engine.replica import replica
 from bbx.engine.swin import fusable, fuse, ran
 from bbx.engine.trial import hard_pixels, maps_of, same
@@ -47,23 +47,36 @@ def remake(backbone: Backbone) -> Remake:
 
 
 def _tried(backbone: Backbone) -> Remake:
-    least = replace(safe(backbone), pairs=foldable(backbone))
-    most = replace(least, fused=fusable(backbone), packed=packable(backbone, wide=True))
-    if most == least:
-        return least
-    wishes = dict.fromkeys((most, replace(most, packed=least.packed), replace(most, fused=False)))
+    """All of it together, and only where that changes too much one after the other, each on top of what holds."""
+    kept = safe(backbone)
+    fused, packed = fusable(backbone), packable(backbone, wide=True)
+    if not fused and packed == kept.packed and not may_fold(backbone):
+        return kept
+    pixels = hard_pixels(backbone)
     try:
-        pixels = hard_pixels(backbone)
-        before = maps_of(replica(backbone), pixels)
-        return next((wish for wish in wishes if wish != least and _holds(backbone, wish, pixels, before)), least)
-    except RuntimeError:  # too little memory, or oneDNN refuses; what is the network's own, the run itself meets
-        return least
+        pairs, before = foldable(replica(backbone), pixels)
+    except RuntimeError:  # too little memory, say; what is the network's own, the run itself meets
+        return kept
+    least, most, holds = kept, *_try(backbone, Remake(pairs, fused, packed), kept, pixels, before)
+    if holds:
+        return most
+    for part in ({"pairs": most.pairs}, {"fused": most.fused}, {"packed": most.packed}):
+        wish = replace(kept, **part)
+        if wish not in (kept, most) and _try(backbone, wish, least, pixels, before)[1]:
+            kept = wish
+    return kept
 
 
-def _holds(backbone: Backbone, wish: Remake, pixels: Tensor, before: Mapping[str, Tensor]) -> bool:
-    """Whether all that is wished for has a part in the maps, and they stay as they were `before`."""
+def _try(
+    backbone: Backbone, wish: Remake, least: Remake, pixels: Tensor, before: Mapping[str, Tensor]
+) -> tuple[Remake, bool]:
+    """What of `wish` has a part in the maps, and whether they stay as they were `before`."""
     trial = replica(backbone)
-    wish.apply(trial)
-    after = maps_of(trial, pixels)
-    has_part = (not wish.fused or ran(trial)) and (wish.packed <= NARROW or is_used(trial))
-    return has_part and same(before, after)
+    try:
+        wish.apply(trial)
+        after = maps_of(trial, pixels)
+    # The network looks into a module that is no longer there; oneDNN refuses; memory is short.
+    except (AttributeError, RuntimeError, TypeError):
+        return wish, False
+    real = replace(wish, fused=wish.fused and ran(trial), packed=wish.packed if is_used(trial) else least.packed)
+    return real, same(before, after)

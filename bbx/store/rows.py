@@ -1,7 +1,8 @@
 """The bytes of rows, written at their places through one descriptor; which of them count is the committer's to say.
 
-A system takes one write into a file at a time, so one thread does nothing but write; a few more lay the rows out
-and check-sum them, a few pieces ahead of it.
+Linux takes one write into a file at a time (ext4, page cache, two cores: 7.7 GB/s by one thread, 7.7 by two, 13.5 into
+two files), so one thread does nothing but write; a few more lay the rows out and check-sum them, ahead of it. Who needs
+more has two processes write two files, and `bbx merge --virtual`.
 """
 
 from __future__ import annotations
