@@ -24,7 +24,7 @@ from bbx import runner
 from bbx.backbone import Backbone, normalise
 from bbx.engine import EngineSettings, choose, kept_memory, settings, usual_batch
 from bbx.engine.memory import keep
-from bbx.engine.pack import ANY, NARROW, PackedWeight
+from bbx.engine.pack import ANY, NARROW, PackedWeight, PointwiseWeight
 from bbx.engine.prepare import prepared
 from bbx.engine.remake import Remake, remake
 from bbx.engine.replica import replica
@@ -157,7 +157,7 @@ def test_a_network_that_folding_would_change_is_left_as_it_was():
     network = nn.Sequential(Twice()).eval()
     backbone = stirred(Backbone(ModelRef("", "twice"), network, (Tap("stem", "0"),), PREPROCESS, "random", ""))
     before = maps_of(backbone, noise(backbone))
-    assert remake(backbone).pairs == ()
+    assert remake(backbone, channels_last=False).pairs == ()
     assert norms(backbone) == 1
     assert apart(before, maps_of(backbone, noise(backbone))) == 0.0
 
@@ -213,8 +213,8 @@ def test_folding_that_rounds_too_much_is_not_done(variance):
         norm.running_var.fill_(variance)
         return backbone
 
-    assert remake(shifted(0)).pairs
-    assert not remake(shifted(SHIFT)).pairs
+    assert remake(shifted(0), channels_last=False).pairs
+    assert not remake(shifted(SHIFT), channels_last=False).pairs
 
 
 @pytest.mark.parametrize("model", ["efficientnet-lite0", "resnet18", "mobilenet_v3_small", "densenet121"])
@@ -293,9 +293,9 @@ def test_without_memory_to_try_it_nothing_is_folded(monkeypatch):
     assert backbone.stages  # measured while there was memory
     assert wide.stages
     monkeypatch.setattr(Backbone, "_run", full)
-    assert remake(backbone) == Remake()
+    assert remake(backbone, channels_last=False) == Remake()
     monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
-    assert remake(wide) == Remake()
+    assert remake(wide, channels_last=False) == Remake()
 
 
 def test_folding_keeps_no_map_that_the_network_is_done_with():
@@ -315,7 +315,7 @@ def test_folding_keeps_no_map_that_the_network_is_done_with():
     for block in blocks:
         block[0].register_forward_hook(note)
     alive.clear()
-    assert len(remake(backbone).pairs) == 4
+    assert len(remake(backbone, channels_last=False).pairs) == 4
     assert alive[0] == 0
 
 
@@ -352,6 +352,58 @@ def test_a_packed_weight_is_a_plain_tensor_to_all_but_linear():
         assert torch.equal(F.linear(weight, pixels[0]), F.linear(layer.weight, pixels[0]))
         for made in (weight + 1, weight.t(), weight @ pixels[0].t(), torch.cat([weight, weight])):
             assert type(made) is torch.Tensor
+
+
+@pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2", "densenet121"])
+def test_packed_convolutions_of_one_cell_give_the_same_stages_and_take_no_detour(model):
+    backbone = stirred(load_backbone(model, weights="random", stages="all"))
+    pixels = noise(backbone).contiguous(memory_format=torch.channels_last)
+    before = maps_of(backbone, pixels)
+    fast = prepared(backbone, EngineSettings(channels_last=True, packed=ANY))
+    again = replica(fast)
+
+    def ran(one: Backbone) -> dict[str, int]:
+        """By torch's operations, on one thread: there it gives such convolutions to MKL."""
+        torch.set_num_threads(1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            maps.update(maps_of(one, pixels))
+        return {event.key: event.count for event in profile.key_averages()}
+
+    maps: dict[str, torch.Tensor] = {}
+    with ThreadPoolExecutor(1) as stream:
+        assert stream.submit(ran, replica(backbone)).result()["aten::_slow_conv2d_forward"]
+        assert "aten::_slow_conv2d_forward" not in stream.submit(ran, again).result()
+    weights = [one for one in again.network.parameters() if isinstance(one, PointwiseWeight)]
+    assert any(one.ran for one in weights)  # not those past the last stage
+    assert apart(before, maps) <= 5e-6
+    assert apart(before, maps_of(backbone, pixels)) == 0.0
+
+
+def test_a_convolutions_weight_is_a_plain_tensor_to_all_but_convolutions_channels_last():
+    layer, packed = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1, bias=False)
+    weight, pixels = PointwiseWeight.of(layer.weight), torch.randn(2, 6, 5, 7)
+    packed._parameters["weight"] = weight  # type: ignore[assignment]
+    packed.bias = layer.bias
+    last = pixels.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        for given, ran in ((pixels, False), (pixels[0], False), (last.double().float(), True), (last, True)):
+            weight.ran = False
+            assert torch.allclose(packed(given), layer(given), atol=1e-6)
+            assert weight.ran == ran
+        assert packed(last).is_contiguous(memory_format=torch.channels_last)
+        assert packed(last[:0]).shape == (0, 4, 5, 7)
+        assert torch.equal(F.conv2d(last, weight, stride=2), F.conv2d(last, layer.weight, stride=2))
+        assert torch.equal(F.conv2d(last, weight, None, 2), F.conv2d(last, layer.weight, None, 2))
+        assert torch.equal(F.conv2d(last.double(), weight.double()), F.conv2d(last.double(), layer.weight.double()))
+        for made in (weight + 1, weight.flatten(1), torch.cat([weight, weight])):
+            assert type(made) is torch.Tensor
+
+
+def test_what_is_tried_is_tried_in_the_layout_in_which_it_runs(monkeypatch):
+    monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
+    backbone = load_backbone("resnet50", weights="random", stages="stage1")
+    ways = [choose(backbone, CPU, channels_last=last, rows=5000, batch_size=8) for last in ("yes", "no")]
+    assert [(way.folded, way.packed) for way in ways] == [(True, ANY), (True, 0)]  # its convolutions are packed in one
 
 
 def test_layers_are_packed_where_that_pays(monkeypatch):
@@ -699,7 +751,8 @@ def test_folding_and_packing_together_keep_the_promise(any_rounding, monkeypatch
         return len(seen) == 2
 
     monkeypatch.setattr("bbx.engine.remake.same", differs)
-    assert remake(replica(backbone)) == Remake(pairs=remake(backbone).pairs)  # it has no narrow layer
+    pairs = remake(backbone, channels_last=False).pairs
+    assert remake(replica(backbone), channels_last=False) == Remake(pairs=pairs)  # it has no narrow layer
     befores, (together, folded) = zip(*seen, strict=True)
     for before in befores:
         assert apart(before, maps_of(backbone, hard_pixels(backbone))) == 0.0

@@ -23,20 +23,9 @@ def prepared(backbone: Backbone, settings: EngineSettings) -> Backbone:
     The network is a copy of its own, and the weights are shared where nothing changes them.
     """
     ready = replica(backbone)
-    if settings.channels_last:
-        _channels_last(ready.network)
-    pairs = remake(backbone).pairs if settings.folded else ()
-    Remake(pairs, settings.fused, settings.packed).apply(ready)
+    pairs = remake(backbone, channels_last=settings.channels_last).pairs if settings.folded else ()
+    Remake(settings.channels_last, pairs, settings.fused, settings.packed).apply(ready)
     return compiled(ready) if settings.engine == "compile" else ready
-
-
-def _channels_last(network: nn.Module) -> None:
-    """As `network.to(memory_format=...)`, but with new parameters: the old ones belong to others, too."""
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.ndim == 4:
-                laid_out = parameter.detach().contiguous(memory_format=torch.channels_last)
-                module._parameters[name] = nn.Parameter(laid_out, requires_grad=False)
 
 
 def compiled(backbone: Backbone) -> Backbone:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from bbx.backbone import Backbone
 from bbx.engine.fold import Pairs, fold, foldable, may_fold
@@ -17,14 +18,17 @@ from bbx.engine.trial import hard_pixels, maps_of, same
 
 @dataclass(frozen=True, slots=True)
 class Remake:
-    """Pairs of convolution and batch norm to fold, whether blocks are fused, and up to how many inputs are packed."""
+    """The layout; pairs of convolution and norm to fold; whether blocks are fused; what layers are packed."""
 
+    channels_last: bool = False
     pairs: Pairs = ()
     fused: bool = False
     packed: int = 0
 
     def apply(self, backbone: Backbone) -> None:
         """In place; parameters are replaced, never written to."""
+        if self.channels_last:
+            _channels_last(backbone.network)
         fold(backbone.network, self.pairs)
         if self.fused:
             fuse(backbone)
@@ -32,32 +36,33 @@ class Remake:
             pack(backbone, self.packed)
 
 
-def safe(backbone: Backbone) -> Remake:
-    """What needs no trial, for it changes no bit."""
-    return Remake(packed=packable(backbone, wide=False))
+def safe(backbone: Backbone, *, channels_last: bool) -> Remake:
+    """What needs no trial."""
+    return Remake(channels_last, packed=packable(backbone, wide=False))
 
 
-def remake(backbone: Backbone) -> Remake:
-    """All that pays here and keeps every map to `trial.TOLERANCE`; tried once, on replicas."""
-    known = backbone.__dict__
-    if "_remake" not in known:
-        known["_remake"] = _tried(backbone)
-    found: Remake = known["_remake"]
-    return found
+def remake(backbone: Backbone, *, channels_last: bool) -> Remake:
+    """All that pays here and, in that layout, keeps every map to `trial.TOLERANCE`; tried once, on replicas."""
+    known: dict[bool, Remake] = backbone.__dict__.setdefault("_remakes", {})
+    if channels_last not in known:
+        known[channels_last] = _tried(backbone, safe(backbone, channels_last=channels_last))
+    return known[channels_last]
 
 
-def _tried(backbone: Backbone) -> Remake:
-    """All of it together, and only where that changes too much one after the other, each on top of what holds."""
-    kept = safe(backbone)
+def _tried(backbone: Backbone, kept: Remake) -> Remake:
+    """All of it together, and only where that changes too much one after the other, each on top of what is `kept`."""
     fused, packed = fusable(backbone), packable(backbone, wide=True)
     if not fused and packed == kept.packed and not may_fold(backbone):
         return kept
-    pixels = hard_pixels(backbone)
+    pixels, plain = hard_pixels(backbone), replica(backbone)
+    if kept.channels_last:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        _channels_last(plain.network)
     try:
-        pairs, before = foldable(replica(backbone), pixels)
+        pairs, before = foldable(plain, pixels)
     except RuntimeError:  # too little memory, say; what is the network's own, the run itself meets
         return kept
-    least, most, holds = kept, *_try(backbone, Remake(pairs, fused, packed), kept, pixels, before)
+    least, most, holds = kept, *_try(backbone, Remake(kept.channels_last, pairs, fused, packed), kept, pixels, before)
     if holds:
         return most
     for part in ({"pairs": most.pairs}, {"fused": most.fused}, {"packed": most.packed}):
@@ -80,3 +85,12 @@ def _try(
         return wish, False
     real = replace(wish, fused=wish.fused and ran(trial), packed=wish.packed if is_used(trial) else least.packed)
     return real, same(before, after)
+
+
+def _channels_last(network: nn.Module) -> None:
+    """As `network.to(memory_format=...)`, but with new parameters: the old ones belong to others, too."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim == 4:
+                laid_out = parameter.detach().contiguous(memory_format=torch.channels_last)
+                module._parameters[name] = nn.Parameter(laid_out, requires_grad=False)

@@ -39,7 +39,7 @@ class EngineSettings:
     """`streams` batches at once, each on `threads` threads; the rest is done to the network once.
 
     `folded`: batch normalisation goes into the convolution before it; `fused`: Swin blocks run an image at a time;
-    `packed`: linear layers of up to so many inputs are oneDNN's.
+    `packed`: linear layers of up to so many inputs, and 1×1 convolutions with them, are oneDNN's.
     `why` is what a user should know of the choice.
     """
 
@@ -94,7 +94,7 @@ def choose(
     made = Remake()
     # Inductor does as much by itself, on an H100 it gained nothing, and in a lower precision it would round otherwise.
     if on_cpu and not compiled and backbone.precision == "float32":
-        made = remake(backbone) if rows >= TRIAL_PAYS else safe(backbone)
+        made = (remake if rows >= TRIAL_PAYS else safe)(backbone, channels_last=last)
     budget = max(1, min(usual_threads(), math.ceil(min(quota(), 1 << 20))))
     # Compiled code is for one thread at a time; on an accelerator one thread keeps the queue of work full.
     streams = 1 if compiled or not on_cpu else _streams(budget, rows, batch_size)
