@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import platform
@@ -157,7 +158,7 @@ def test_a_network_that_folding_would_change_is_left_as_it_was():
     network = nn.Sequential(Twice()).eval()
     backbone = stirred(Backbone(ModelRef("", "twice"), network, (Tap("stem", "0"),), PREPROCESS, "random", ""))
     before = maps_of(backbone, noise(backbone))
-    assert remake(backbone, channels_last=False).pairs == ()
+    assert remake(backbone, channels_last=False, threads=1).pairs == ()
     assert norms(backbone) == 1
     assert apart(before, maps_of(backbone, noise(backbone))) == 0.0
 
@@ -213,8 +214,8 @@ def test_folding_that_rounds_too_much_is_not_done(variance):
         norm.running_var.fill_(variance)
         return backbone
 
-    assert remake(shifted(0), channels_last=False).pairs
-    assert not remake(shifted(SHIFT), channels_last=False).pairs
+    assert remake(shifted(0), channels_last=False, threads=1).pairs
+    assert not remake(shifted(SHIFT), channels_last=False, threads=1).pairs
 
 
 @pytest.mark.parametrize("model", ["efficientnet-lite0", "resnet18", "mobilenet_v3_small", "densenet121"])
@@ -293,9 +294,9 @@ def test_without_memory_to_try_it_nothing_is_folded(monkeypatch):
     assert backbone.stages  # measured while there was memory
     assert wide.stages
     monkeypatch.setattr(Backbone, "_run", full)
-    assert remake(backbone, channels_last=False) == Remake()
+    assert remake(backbone, channels_last=False, threads=1) == Remake()
     monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
-    assert remake(wide, channels_last=False) == Remake()
+    assert remake(wide, channels_last=False, threads=1) == Remake()
 
 
 def test_folding_keeps_no_map_that_the_network_is_done_with():
@@ -315,7 +316,7 @@ def test_folding_keeps_no_map_that_the_network_is_done_with():
     for block in blocks:
         block[0].register_forward_hook(note)
     alive.clear()
-    assert len(remake(backbone, channels_last=False).pairs) == 4
+    assert len(remake(backbone, channels_last=False, threads=1).pairs) == 4
     assert alive[0] == 0
 
 
@@ -352,6 +353,7 @@ def test_a_packed_weight_is_a_plain_tensor_to_all_but_linear():
         assert torch.equal(F.linear(weight, pixels[0]), F.linear(layer.weight, pixels[0]))
         for made in (weight + 1, weight.t(), weight @ pixels[0].t(), torch.cat([weight, weight])):
             assert type(made) is torch.Tensor
+    assert copy.deepcopy(weight) is weight
 
 
 @pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2", "densenet121"])
@@ -397,6 +399,56 @@ def test_a_convolutions_weight_is_a_plain_tensor_to_all_but_convolutions_channel
         assert torch.equal(F.conv2d(last.double(), weight.double()), F.conv2d(last.double(), layer.weight.double()))
         for made in (weight + 1, weight.flatten(1), torch.cat([weight, weight])):
             assert type(made) is torch.Tensor
+    assert copy.deepcopy(packed).weight is weight
+
+
+def test_what_is_tried_is_tried_on_as_many_threads_as_it_runs_on(monkeypatch, two_threads):
+    def differs(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+        parts.append(apart(before, after))
+        return True
+
+    monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
+    monkeypatch.setattr("bbx.engine.remake.same", differs)
+    parts: list[float] = []
+    backbone = load_backbone("torchvision:squeezenet1_1", weights="random", stages="all")  # nothing of it folds
+    for size in (8, 64):  # two batches at once, or one on both threads: there torch does the same by itself
+        choose(backbone, CPU, rows=5000, batch_size=size)
+    assert parts[0] > 0 == parts[1]
+
+
+class Nosy(nn.Module):
+    """A network that looks into its normalisation, which folding takes away, and runs a layer of one cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.cell = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        made = self.norm(self.conv(pixels)) + self.norm.running_mean.sum()
+        return self.cell(made)
+
+
+@pytest.mark.parametrize(("last", "packed"), [("yes", ANY), ("no", 0)])
+def test_where_all_together_fails_what_is_kept_is_what_runs(monkeypatch, last, packed):
+    monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
+    how = choose(of_modules(Nosy()), CPU, channels_last=last, rows=5000, batch_size=8)
+    assert (how.folded, how.packed) == (False, packed)
+
+
+def test_a_stage_that_cannot_be_compared_leaves_the_network_as_it_is():
+    class Whole(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.long()
+
+    how = choose(of_modules(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Whole()), CPU, rows=5000, batch_size=8)
+    assert not how.folded
+
+
+def test_where_only_narrow_layers_run_not_all_are_said_to_be_packed(monkeypatch):
+    monkeypatch.setattr("bbx.engine.pack.faster_up_to", lambda: ANY)
+    backbone = of_modules(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Unflatten(2, (30, 30)), nn.Linear(30, 30))
+    backbone.network.add_module("past", nn.Linear(900, 2))
+    assert choose(backbone.select("stem"), CPU, channels_last="no", rows=5000, batch_size=8).packed == NARROW
 
 
 def test_what_is_tried_is_tried_in_the_layout_in_which_it_runs(monkeypatch):
@@ -751,8 +803,8 @@ def test_folding_and_packing_together_keep_the_promise(any_rounding, monkeypatch
         return len(seen) == 2
 
     monkeypatch.setattr("bbx.engine.remake.same", differs)
-    pairs = remake(backbone, channels_last=False).pairs
-    assert remake(replica(backbone), channels_last=False) == Remake(pairs=pairs)  # it has no narrow layer
+    pairs = remake(backbone, channels_last=False, threads=1).pairs
+    assert remake(replica(backbone), channels_last=False, threads=1) == Remake(pairs=pairs)  # it has no narrow layer
     befores, (together, folded) = zip(*seen, strict=True)
     for before in befores:
         assert apart(before, maps_of(backbone, hard_pixels(backbone))) == 0.0

@@ -1,4 +1,4 @@
-"""Swin blocks run an image at a time: the values of torchvision's own, at any size, where nobody looks inside."""
+"""Swin blocks run a few images at a time: the values of torchvision's own, at any size, where nobody looks inside."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bbx.engine.prepare import prepared
 from bbx.engine.replica import replica
 from bbx.engine.swin import SwinBlock, fusable
 from bbx.providers import load_backbone
+from bbx.taps import _OVERWRITTEN
 from tests.conftest import EXTRAS
 from tests.test_engine import CPU, apart, maps_of, noise
 from tests.test_loop import TOLERANCE
@@ -28,12 +29,14 @@ OTHERS = [name for name in ("timm:swin-tiny", "transformers:swin") if name.parti
 
 
 def stirred(model: str, *, stages: str = "all", **options: Any) -> Backbone:
-    """With what torchvision begins with zeros, or next to none: biases, the keys' among them, and positions."""
+    """With what torchvision begins with zeros, or all alike: biases, the keys' among them, positions, temperatures."""
     backbone = load_backbone(model, weights="random", stages=stages, **options)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in backbone.network.named_parameters():
         if name.endswith(("bias", "bias_table")):
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        if name.endswith("logit_scale"):  # one head's temperature beyond the bound
+            parameter.data[0] = 5.0
     return backbone
 
 
@@ -89,11 +92,19 @@ def test_a_block_that_somebody_listens_to_or_has_changed_stays_as_it_is():
     features[1][1].mlp[1] = nn.ReLU()
     features[3][0].norm1 = nn.Identity()
     features[3][1].train()
+    features[5][0].mlp[1] = nn.GELU("tanh")
+    features[5][1].register_forward_pre_hook(lambda *_: None)
     fast = prepared(backbone, FUSED)
-    assert [type(fast.network.features[stage][block]) is SwinBlock for stage in (1, 3) for block in (0, 1)] == [
-        False
-    ] * 4
-    assert blocks(fast)[0] == 8
+    kept = [type(fast.network.features[stage][block]) is SwinBlock for stage in (1, 3, 5) for block in (0, 1)]
+    assert kept == [False] * 6
+    assert blocks(fast)[0] == 6
+
+
+def test_a_block_that_is_known_to_be_written_over_stays_known():
+    backbone = load_backbone("swin_t", weights="random")
+    setattr(backbone.network.features[1][0], _OVERWRITTEN, True)
+    fused = prepared(backbone, FUSED).network.features[1]
+    assert [getattr(block, _OVERWRITTEN, False) for block in fused] == [True, False]
 
 
 @pytest.mark.parametrize("model", ["resnet18", "vit_b_32", *OTHERS])
@@ -129,11 +140,11 @@ def test_where_wide_layers_change_too_much_blocks_are_fused_all_the_same(monkeyp
     assert (how.fused, how.packed) == (True, 192)
 
 
-def test_gelu_is_the_same_behind_a_packed_layer():
-    layer, pixels = nn.Linear(96, 384), torch.randn(50, 96)
+def test_gelu_behind_a_packed_layer_has_the_same_bits():
+    layer, pixels = nn.Linear(96, 384), torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        plain = F.gelu(layer(pixels))
-        assert torch.equal(gelu_of(layer, pixels), plain)
+        plain = layer(pixels)
+        assert torch.equal(gelu_of(layer, pixels), F.gelu(plain))
         layer._parameters["weight"] = PackedWeight.of(layer.weight)  # type: ignore[assignment]
-        assert torch.allclose(gelu_of(layer, pixels), plain, rtol=0, atol=1e-6)
-        assert torch.allclose(gelu_of(layer, pixels.double().float()), plain, rtol=0, atol=1e-6)
+        assert torch.equal(gelu_of(layer, pixels), F.gelu(layer(pixels)))
+        assert torch.allclose(layer(pixels), plain, rtol=0, atol=1e-6)

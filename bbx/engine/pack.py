@@ -5,7 +5,7 @@ Zen 3 core (25088, 96) @ (96, 288) runs at 50 GFLOP/s by MKL and at 74 by oneDNN
 from 384 inputs on MKL is as good or better. On Zen 4, where oneDNN alone takes AVX-512, it is a tenth faster at all
 sizes: the forward of swin-tiny to stage2 by 9 %, of ViT-B/16 by 8, of DINOv2 by 10, of ConvNeXt-Tiny by 16. A 1×1
 convolution torch gives to MKL on one thread only: ResNet-50 gains 7 % there, EfficientNets and MobileNets 8. Up to 192
-inputs both gave the same bits; beyond, maps differ by at most 1.3e-6 of their largest value, and a trial decides.
+inputs both gave the same bits; beyond, maps differ by at most 3e-6 of their largest value, and a trial decides.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,10 @@ class PackedWeight(Tensor):
         made = weight.detach().as_subclass(cls)
         made.packed = None
         return made
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        """Weights are shared, and never written to."""
+        return self
 
     def linear(self, given: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
         """`(…, k)` → `(…, n)`; with `gelu`, what comes of it afterwards, while it is in the cache."""
@@ -82,6 +86,10 @@ class PointwiseWeight(Tensor):
         made = weight.detach().as_subclass(cls)
         made.ran = False
         return made
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        """Weights are shared, and never written to."""
+        return self
 
     @classmethod
     def __torch_function__(
@@ -123,9 +131,10 @@ def packable(backbone: Backbone, *, wide: bool) -> int:
 
 
 def is_used(backbone: Backbone) -> bool:
-    """Whether any packed layer of `backbone` has run."""
-    weights = backbone.network.parameters()
-    return any(getattr(one, "packed", None) is not None or getattr(one, "ran", False) for one in weights)
+    """Whether any packed layer has run that may change last bits: a wide one, or a convolution."""
+    weights = list(backbone.network.parameters())
+    wide = any(isinstance(one, PackedWeight) and one.packed is not None and one.shape[1] > NARROW for one in weights)
+    return wide or any(isinstance(one, PointwiseWeight) and one.ran for one in weights)
 
 
 def _layers(backbone: Backbone, most_inputs: int) -> list[nn.Linear | nn.Conv2d]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ def prepared(backbone: Backbone, settings: EngineSettings) -> Backbone:
     The network is a copy of its own, and the weights are shared where nothing changes them.
     """
     ready = replica(backbone)
-    pairs = remake(backbone, channels_last=settings.channels_last).pairs if settings.folded else ()
-    Remake(settings.channels_last, pairs, settings.fused, settings.packed).apply(ready)
+    how = Remake(settings.channels_last, (), settings.fused, settings.packed)
+    if settings.folded:
+        tried = remake(backbone, channels_last=settings.channels_last, threads=settings.threads)
+        how = replace(how, pairs=tried.pairs)
+    how.apply(ready)
     return compiled(ready) if settings.engine == "compile" else ready
 
 

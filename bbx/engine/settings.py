@@ -38,7 +38,7 @@ and stored 582."""
 class EngineSettings:
     """`streams` batches at once, each on `threads` threads; the rest is done to the network once.
 
-    `folded`: batch normalisation goes into the convolution before it; `fused`: Swin blocks run an image at a time;
+    `folded`: batch normalisation goes into the convolution before it; `fused`: Swin blocks run a few images at a time;
     `packed`: linear layers of up to so many inputs, and 1×1 convolutions with them, are oneDNN's.
     `why` is what a user should know of the choice.
     """
@@ -91,13 +91,15 @@ def choose(
             why = "--engine compile: the first batch waits for the code, a minute or so"
     last = channels_last == "yes" or (channels_last == "auto" and _gains_by_channels_last(backbone, device))
     compiled, on_cpu = engine == "compile", device.type == "cpu"
-    made = Remake()
-    # Inductor does as much by itself, on an H100 it gained nothing, and in a lower precision it would round otherwise.
-    if on_cpu and not compiled and backbone.precision == "float32":
-        made = (remake if rows >= TRIAL_PAYS else safe)(backbone, channels_last=last)
     budget = max(1, min(usual_threads(), math.ceil(min(quota(), 1 << 20))))
     # Compiled code is for one thread at a time; on an accelerator one thread keeps the queue of work full.
     streams = 1 if compiled or not on_cpu else _streams(budget, rows, batch_size)
+    threads = max(1, budget // streams)
+    made = Remake()
+    # Inductor does as much by itself, on an H100 it gained nothing, and in a lower precision it would round otherwise.
+    if on_cpu and not compiled and backbone.precision == "float32":
+        tries = rows >= TRIAL_PAYS
+        made = remake(backbone, channels_last=last, threads=threads) if tries else safe(backbone, channels_last=last)
     return EngineSettings(
         engine,
         channels_last=last,
@@ -105,7 +107,7 @@ def choose(
         fused=made.fused,
         packed=made.packed,
         streams=streams,
-        threads=max(1, budget // streams),
+        threads=threads,
         why=why,
     )
 
