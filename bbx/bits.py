@@ -1,7 +1,8 @@
 """Whether a resumed `--deterministic` run gives the bits that the starts before it would have given.
 
-What decides them: device, versions, layout, folding and packing, the size of a batch, and on a CPU the threads that a
-sum is cut up for. How many batches are computed at once does not: each is computed alone, on its stream's threads.
+What decides them: device, versions, layout, what is folded, fused and packed, the size of a batch, and on a CPU the
+threads that a sum is cut up for. How many batches are computed at once does not: each is computed alone, on its
+stream's threads.
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ def _deciding(start: Mapping[str, Any]) -> dict[str, object]:
         found["device"] = re.sub(r":\d+ ", " ", str(start["device"]))  # the second GPU computes as the first
     if "batch_size" in start:
         found["batch size"] = start["batch_size"]
-    if "engine" in start:
-        found["engine"] = str(start["engine"]).rpartition(", ")[0]  # without streams × threads
     if "stream_threads" in start and str(start.get("device")).startswith("cpu"):
         found["threads per batch"] = start["stream_threads"]
+    if "engine" in start:  # after the threads, by which what is folded and packed is chosen, too
+        found["engine"] = str(start["engine"]).rpartition(", ")[0]  # without streams × threads
     versions = start.get("versions")
     if isinstance(versions, Mapping):
         found |= {str(name): version for name, version in versions.items() if name not in _NO_PART}

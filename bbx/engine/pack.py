@@ -106,7 +106,7 @@ class PointwiseWeight(Tensor):
 
 
 def gelu_of(layer: nn.Linear, given: Tensor) -> Tensor:
-    """`F.gelu(layer(given))`, in one pass where the layer is packed: the same bits, a tenth of the two faster."""
+    """`F.gelu(layer(given))`, in one pass where the layer is packed: the same bits (x86), a twentieth faster."""
     weight = layer._parameters["weight"]
     if isinstance(weight, PackedWeight) and _is_plain(given):
         return weight.linear(given, layer.bias, gelu=True)
@@ -159,7 +159,12 @@ def _is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _is_last(tensor: Tensor) -> bool:
-    return tensor.ndim == 4 and _is_plain(tensor) and tensor.is_contiguous(memory_format=torch.channels_last)
+    return (
+        tensor.ndim == 4
+        and len(tensor) > 0
+        and _is_plain(tensor)
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,59 +45,53 @@ def safe(backbone: Backbone, *, channels_last: bool) -> Remake:
 def remake(backbone: Backbone, *, channels_last: bool, threads: int) -> Remake:
     """All that pays here and keeps every map to `trial.TOLERANCE`, in that layout and on as many threads.
 
-    Tried once, on replicas, and by threads of its own: torch chooses among its ways by how many there are.
+    Tried once, on replicas: torch chooses among its ways by how many threads there are.
     """
     known: dict[tuple[bool, int], Remake] = backbone.__dict__.setdefault("_remakes", {})
     way = channels_last, threads
     if way not in known:
-        start = torch.set_num_threads
-        with own_threads(), ThreadPoolExecutor(2, "bbx-trial", initializer=start, initargs=(threads,)) as pool:
-            known[way] = _tried(backbone, safe(backbone, channels_last=channels_last), pool)
+        with own_threads():
+            torch.set_num_threads(threads)
+            known[way] = _tried(backbone, safe(backbone, channels_last=channels_last))
     return known[way]
 
 
-def _tried(backbone: Backbone, kept: Remake, pool: ThreadPoolExecutor) -> Remake:
+def _tried(backbone: Backbone, kept: Remake) -> Remake:
     """All of it together, and only where that changes too much one after the other, each on top of what is `kept`."""
-    fused, packed, folds = fusable(backbone), packable(backbone, wide=True), may_fold(backbone)
-    if not fused and packed == kept.packed and not folds:
+    fused, packed = fusable(backbone), packable(backbone, wide=True)
+    if not fused and packed == kept.packed and not may_fold(backbone):
         return kept
     pixels, plain = hard_pixels(backbone), replica(backbone)
     if kept.channels_last:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         _channels_last(plain.network)
-    as_it_is = pool.submit(foldable, plain, pixels)
     try:
-        pairs = as_it_is.result()[0] if folds else ()  # where there are none, both ways are computed at once
-        trial = pool.submit(_try, backbone, Remake(kept.channels_last, pairs, fused, packed), kept, pixels)
-        before = as_it_is.result()[1]
+        pairs, before = foldable(plain, pixels)
     except Exception:  # too little memory, say; what is the network's own, the run itself meets
         return kept
-    most, after = trial.result()
-    if _holds(before, after):
+    most, holds = _try(backbone, Remake(kept.channels_last, pairs, fused, packed), kept, pixels, before)
+    if holds:
         return most
     for part in ({"pairs": most.pairs}, {"fused": most.fused}, {"packed": most.packed}):
         wish = replace(kept, **part)
         if wish not in (kept, most):
-            real, after = pool.submit(_try, backbone, wish, kept, pixels).result()
-            kept = real if _holds(before, after) else kept
+            real, holds = _try(backbone, wish, kept, pixels, before)
+            kept = real if holds else kept
     return kept
 
 
-def _try(backbone: Backbone, wish: Remake, least: Remake, pixels: Tensor) -> tuple[Remake, dict[str, Tensor]]:
-    """What of `wish` has a part in the maps, beyond `least`, and the maps: none where it cannot be done."""
-    trial = replica(backbone)
+def _try(
+    backbone: Backbone, wish: Remake, least: Remake, pixels: Tensor, before: Mapping[str, Tensor]
+) -> tuple[Remake, bool]:
+    """What of `wish` has a part in the maps, beyond `least`, and whether they stay as they were `before`."""
     try:
+        trial = replica(backbone)
         wish.apply(trial)
-        maps = maps_of(trial, pixels)
+        holds = same(before, maps_of(trial, pixels))
     except Exception:  # it looks into a module that is no longer there; oneDNN refuses; memory is short
-        return wish, {}
+        return wish, False
     real = replace(wish, fused=wish.fused and ran(trial), packed=wish.packed if is_used(trial) else least.packed)
-    return real, maps
-
-
-def _holds(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
-    floating = all(one.is_floating_point() for one in before.values())
-    return floating and set(before) == set(after) and same(before, after)
+    return real, holds
 
 
 def _channels_last(network: nn.Module) -> None:
