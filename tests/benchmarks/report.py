@@ -64,17 +64,18 @@ GPU_FLOORS = {
 
 # What holds each number, found by profilers on the machine of the README's table.
 HELD = {
-    "job A ÷ best rival given equal workers": "nine tenths of bbx's CPU time are swin's own products, window copies "
-    "and softmaxes, which every rival runs; saved are page faults, copies, waiting, and a tenth by oneDNN's products",
+    "job A ÷ best rival given equal workers": "three quarters of bbx's forward are swin's own linear layers, at this "
+    "machine's rate of products, a seventh its attention; saved are window copies, masks, page faults, and waiting",
     "job A ÷ AutoBackbone as its docs show it": "importing torch is half of bbx's start, without torch's compiler",
-    "job B ÷ best rival given equal workers": "oneDNN's convolutions, nine tenths of the forward; batch norm is gone",
+    "job B ÷ best rival given equal workers": "oneDNN's convolutions, nine tenths of the forward, at this machine's rate "
+    "of products; batch norm is gone",
     "end to end ÷ what CPU time allows": "streams and decoders share one cache and one memory",
     "store alone ÷ raw write + fsync": "a copy into the system's cache and two checksums, 0.4 s of CPU for 600 MB; "
     "it beats the plain write because the disk begins at once",
     "random row read ÷ np.load of one row's .npy": "one read of the row, at an offset that is known; no header",
     "peak memory at 10 × the images": "what is alive, 0.5 GB at most, is the same after 200 images as after 2,000; the "
     "rest is free pieces of glibc's one heap, which two streams come to share in time; trimming gains nothing, for the "
-    "next batches take all of it again; batches of 4 need a fifth less of it than of 8",
+    "next batches take all of it again; batches of 4 need a fifth less of it than of 8, and fused blocks a fifth again",
     "start-up: bbx info": "the interpreter, Typer and the commands 0.12 s, numpy and h5py 0.17 s, Rich and the file "
     "0.06 s; the command line is read beside them, by Typer with pydantic in 0.13 s",
     "start-up: bbx show of one grid": "matplotlib: import 0.25 s, without the help texts of its "
