@@ -67,8 +67,8 @@ HELD = {
     "job A ÷ best rival given equal workers": "three quarters of bbx's forward are swin's own linear layers, at this "
     "machine's rate of products, a seventh its attention; saved are window copies, masks, page faults, and waiting",
     "job A ÷ AutoBackbone as its docs show it": "importing torch is half of bbx's start, without torch's compiler",
-    "job B ÷ best rival given equal workers": "oneDNN's convolutions, nine tenths of the forward, at this machine's rate "
-    "of products; batch norm is gone",
+    "job B ÷ best rival given equal workers": "oneDNN's convolutions, nine tenths of the forward, at this machine's "
+    "rate of products; batch norm is gone",
     "end to end ÷ what CPU time allows": "streams and decoders share one cache and one memory",
     "store alone ÷ raw write + fsync": "a copy into the system's cache and two checksums, 0.4 s of CPU for 600 MB; "
     "it beats the plain write because the disk begins at once",
