@@ -32,26 +32,50 @@ _MKLDNN_CONV: Any = torch.mkldnn_convolution
 _POINTWISE = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation and groups, as `nn.Conv2d` passes them on
 
 
-class PackedWeight(Tensor):
-    """A linear layer's weight `(n, k)` that brings its packed form into `F.linear`, whoever calls that.
-
-    It is packed when it is first used: of layers past the deepest stage asked for, none is.
-    """
-
-    packed: Tensor | None
+class FastWeight(Tensor):
+    """A float32 weight that has oneDNN compute what its layer is for; to anything else it is a plain tensor."""
 
     @classmethod
-    def of(cls, weight: Tensor) -> PackedWeight:
-        """Of a float32 weight; it shares the memory."""
-        made = weight.detach().as_subclass(cls)
-        made.packed = None
-        return made
+    def of(cls, weight: Tensor) -> Self:
+        """Of a layer's weight; it shares the memory."""
+        return weight.detach().as_subclass(cls)
 
     def __deepcopy__(self, _memo: object) -> Self:
         """Weights are shared, and never written to."""
         return self
 
-    def linear(self, given: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Whatever `func`, torch sees no subclass."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if kwargs or func not in (_LINEAR, _CONV) or not isinstance(args[1], cls) or not args[1].takes(func, args):
+                return func(*args, **kwargs or {})
+            return args[1].computed(args[0], args[2] if len(args) > 2 else None)
+
+    def takes(self, func: Callable[..., Any], args: Sequence[Any]) -> bool:
+        """Whether the call `func(input, self, …)` is one for oneDNN."""
+        raise NotImplementedError
+
+    def computed(self, given: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer makes of `given`."""
+        raise NotImplementedError
+
+
+class PackedWeight(FastWeight):
+    """A linear layer's weight `(n, k)` that brings its packed form into `F.linear`, whoever calls that.
+
+    It is packed when it is first used: of layers past the deepest stage asked for, none is.
+    """
+
+    packed: Tensor | None = None
+
+    def takes(self, func: Callable[..., Any], args: Sequence[Any]) -> bool:
+        """`F.linear` of float32."""
+        return func is _LINEAR and _is_plain(args[0])
+
+    def computed(self, given: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
         """`(…, k)` → `(…, n)`; with `gelu`, what comes of it afterwards, while it is in the cache."""
         with torch._C.DisableTorchFunctionSubclass():
             if self.packed is None:  # two streams may come to it at once, and make the same
@@ -60,56 +84,31 @@ class PackedWeight(Tensor):
             made: Tensor = _OPS._linear_pointwise(given, self.packed, bias, then, [], which)
             return made
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Anything but `F.linear` of float32 sees plain tensors."""
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is not _LINEAR or kwargs or not isinstance(args[1], cls) or not _is_plain(args[0]):
-                return func(*args, **kwargs or {})
-            given, weight, *bias = args
-            return weight.linear(given, bias[0] if bias else None)
 
-
-class PointwiseWeight(Tensor):
+class PointwiseWeight(FastWeight):
     """A 1×1 convolution's weight `(n, k, 1, 1)` that has `F.conv2d` computed by oneDNN wherever maps are channels last.
 
     With less than 16 images on one thread torch takes a loop of MKL's products for these alone.
     """
 
-    ran: bool
+    ran: bool = False
 
-    @classmethod
-    def of(cls, weight: Tensor) -> PointwiseWeight:
-        """Of a float32 weight; it shares the memory."""
-        made = weight.detach().as_subclass(cls)
-        made.ran = False
+    def takes(self, func: Callable[..., Any], args: Sequence[Any]) -> bool:
+        """`F.conv2d` of float32, channels last, as a module calls it."""
+        return func is _CONV and args[3:] == _POINTWISE and _is_last(args[0])
+
+    def computed(self, given: Tensor, bias: Tensor | None) -> Tensor:
+        """`(b, k, h, w)` → `(b, n, h, w)`."""
+        self.ran = True
+        made: Tensor = _MKLDNN_CONV(given, self, bias, padding=(0, 0), stride=(1, 1), dilation=(1, 1), groups=1)
         return made
-
-    def __deepcopy__(self, _memo: object) -> Self:
-        """Weights are shared, and never written to."""
-        return self
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Anything but `F.conv2d` of float32, channels last, as a module calls it, sees plain tensors."""
-        with torch._C.DisableTorchFunctionSubclass():
-            as_called = func is _CONV and not kwargs and args[3:] == _POINTWISE and isinstance(args[1], cls)
-            if not (as_called and _is_last(args[0])):
-                return func(*args, **kwargs or {})
-            given, weight, bias = args[:3]
-            weight.ran = True
-            return _MKLDNN_CONV(given, weight, bias, padding=(0, 0), stride=(1, 1), dilation=(1, 1), groups=1)
 
 
 def gelu_of(layer: nn.Linear, given: Tensor) -> Tensor:
     """`F.gelu(layer(given))`, in one pass where the layer is packed: the same bits (x86), a twentieth faster."""
     weight = layer._parameters["weight"]
     if isinstance(weight, PackedWeight) and _is_plain(given):
-        return weight.linear(given, layer.bias, gelu=True)
+        return weight.computed(given, layer.bias, gelu=True)
     return F.gelu(layer(given))
 
 
